@@ -1,7 +1,7 @@
 //! CPU affinity of exec processes (`process.execCPUAffinity`).
 
 use anyhow::{Context, Result};
-use koya_protocol::{Refused, cpus};
+use koya_protocol::{ErrorReason, cpus};
 use oci_spec::runtime::{ExecCPUAffinity, Process};
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -37,7 +37,7 @@ impl Affinity {
 }
 
 fn set(list: &str) -> Result<()> {
-    let invalid = |why: String| Refused::Invalid(format!("process.execCPUAffinity: {why}"));
+    let invalid = |why: String| ErrorReason::Invalid(format!("process.execCPUAffinity: {why}"));
     let mut wanted = CpuSet::new();
     for cpu in cpus::parse(list).map_err(invalid)? {
         wanted.set(cpu);

@@ -1,10 +1,10 @@
 //! A container's control group (Documentation/admin-guide/cgroup-v2.rst): freezing, limits, statistics.
 
 use crate::helper;
-use crate::state::broken;
+use crate::state::invalid_json;
 use crate::sys;
 use anyhow::{Context, Result, bail};
-use koya_protocol::Refused;
+use koya_protocol::ErrorReason;
 use koya_protocol::messages::{ContainerStats, DeviceIo, HugePages};
 use libcgroups::common::{
     CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
@@ -57,7 +57,7 @@ fn containers_pids(limits: impl Iterator<Item = u64>) -> Option<u64> {
 /// The files by which a process joins a container, to be tried in order: its control group; and that of its first process,
 /// for containers that have created groups of their own. In that case the container's own group may have no processes
 /// (cgroup-v2.rst, "No Internal Process Constraint").
-pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
+pub(crate) fn join_files(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
     let own = directory(id);
     let mut groups = vec![own.clone()];
     if let Some(pid) = first
@@ -75,18 +75,20 @@ pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
 }
 
 /// The file by which a process joins a control group below a container's.
-pub(crate) fn door(id: &str, within: &str) -> Result<Arc<File>> {
+pub(crate) fn join_file(id: &str, within: &str) -> Result<Arc<File>> {
     let path = Path::new(within.trim_start_matches('/'));
     if path.components().any(|part| part == Component::ParentDir) {
-        bail!(Refused::Invalid(format!("bad sub cgroup path {within}")));
+        bail!(ErrorReason::Invalid(format!(
+            "bad sub cgroup path {within}"
+        )));
     }
     open(directory(id).join(path)).with_context(|| format!("cgroup {within}"))
 }
 
 fn open(group: PathBuf) -> Result<Arc<File>> {
     let path = group.join("cgroup.procs");
-    let door = OpenOptions::new().write(true).open(&path);
-    door.map(Arc::new)
+    let file = OpenOptions::new().write(true).open(&path);
+    file.map(Arc::new)
         .with_context(|| path.display().to_string())
 }
 
@@ -98,11 +100,11 @@ fn group_of(text: &str) -> Option<PathBuf> {
 }
 
 /// Joins the first group that accepts this process. The kernel checks the credentials of the opener of the file.
-pub(crate) fn join<'a, W: Write + 'a>(doors: impl IntoIterator<Item = W>) -> io::Result<()> {
+pub(crate) fn join<'a, W: Write + 'a>(files: impl IntoIterator<Item = W>) -> io::Result<()> {
     let mut refused = io::Error::from(io::ErrorKind::NotFound);
-    for mut door in doors {
+    for mut file in files {
         // The writing process itself.
-        match door.write_all(b"0") {
+        match file.write_all(b"0") {
             // It has enabled controllers for child groups, or is a threaded group.
             Err(error)
                 if [libc::EBUSY, libc::EOPNOTSUPP]
@@ -177,7 +179,7 @@ pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
 /// Sets the limits in `linux.resources` of an OCI configuration; absent ones are not changed.
 pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
     let mut resources: LinuxResources =
-        serde_json::from_slice(resources).map_err(|error| broken("resources", &error))?;
+        serde_json::from_slice(resources).map_err(|error| invalid_json("resources", &error))?;
     if let Some(memory) = *resources.memory() {
         let read = |file| {
             let text = fs::read_to_string(directory(id).join(file));
@@ -222,7 +224,7 @@ fn check_memory(memory: &LinuxMemory, usage: u64) -> Result<()> {
             && limit <= usage
         {
             let reason = format!("rejecting {what} limit {limit} <= usage {usage}");
-            bail!(Refused::Invalid(reason));
+            bail!(ErrorReason::Invalid(reason));
         }
     }
     Ok(())
@@ -259,7 +261,7 @@ pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
     // Values of missing controllers are zero.
     let text = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
     text_stats(&text, &huge_page_sizes(&directory), directory.is_dir())
-        .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
+        .ok_or_else(|| ErrorReason::NotFound(format!("no container {id}")).into())
 }
 
 /// The sizes of huge pages that the group has files for.
@@ -359,9 +361,9 @@ mod tests {
     use super::*;
 
     /// A mock of a control group's file that returns this error.
-    struct Door(Option<i32>, bool);
+    struct JoinFile(Option<i32>, bool);
 
-    impl Write for &mut Door {
+    impl Write for &mut JoinFile {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             match self.0 {
                 Some(error) => Err(io::Error::from_raw_os_error(error)),
@@ -380,9 +382,9 @@ mod tests {
     #[test]
     fn a_container_with_groups_of_its_own_is_entered_by_that_of_its_first_process() {
         let joined = |own, first| {
-            let mut doors = [Door(own, false), Door(first, false)];
-            let joined = join(doors.iter_mut()).map_err(|error| error.raw_os_error());
-            (joined, doors.map(|door| door.1))
+            let mut files = [JoinFile(own, false), JoinFile(first, false)];
+            let joined = join(files.iter_mut()).map_err(|error| error.raw_os_error());
+            (joined, files.map(|file| file.1))
         };
         assert_eq!(joined(None, None), (Ok(()), [true, false]));
         assert_eq!(joined(Some(libc::EBUSY), None), (Ok(()), [false, true]));

@@ -1,7 +1,7 @@
 //! The guest's CPUs, through /sys/devices/system/cpu (Documentation/core-api/cpu_hotplug.rst).
 
 use anyhow::{Context, Result, bail};
-use koya_protocol::Refused;
+use koya_protocol::ErrorReason;
 use std::fs;
 
 const CPUS: &str = "/sys/devices/system/cpu";
@@ -33,7 +33,7 @@ pub(crate) fn set_online(count: u32) -> Result<()> {
     let present = list("present")?;
     if count == 0 || count as usize > present.len() {
         let reason = format!("{count} CPUs can't be on: there are {}", present.len());
-        bail!(Refused::Invalid(reason));
+        bail!(ErrorReason::Invalid(reason));
     }
     let (on, off) = present.split_at(count as usize);
     let online = list("online")?;

@@ -5,7 +5,7 @@ use crate::device_rules;
 use crate::helper::bundle;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
-use koya_protocol::Refused;
+use koya_protocol::ErrorReason;
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{LinuxDevice, Spec};
 use rustix::fs::{
@@ -33,7 +33,7 @@ fn window_name(window: u32) -> Result<String> {
     let entries = fs::read_dir(DEVICES).with_context(|| format!("no {DEVICES}"))?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let name = named(window, names);
-    name.ok_or_else(|| Refused::NotFound(format!("the guest has no window {window}")).into())
+    name.ok_or_else(|| ErrorReason::NotFound(format!("the guest has no window {window}")).into())
 }
 
 /// The name of a slot, found in a list of all devices. With a command line, slots are numbered; with a device tree, they are
@@ -103,7 +103,9 @@ pub(crate) fn detach(window: u32) -> Result<()> {
         let disk =
             rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty()).map_err(|error| {
                 match error {
-                    Errno::BUSY => Refused::InUse(format!("{name} is in use in the guest")).into(),
+                    Errno::BUSY => {
+                        ErrorReason::InUse(format!("{name} is in use in the guest")).into()
+                    }
                     error => anyhow::Error::from(error).context(format!("cannot open {name}")),
                 }
             })?;
@@ -121,13 +123,13 @@ fn unbind(window: &str) -> Result<()> {
 pub(crate) fn number(device: &BlockDevice) -> Result<(i64, i64)> {
     let name = check_id(&device.guest_name)?;
     let number = fs::read_to_string(format!("/sys/class/block/{name}/dev"))
-        .map_err(|_| Refused::NotFound(format!("the guest has no disk {name}")))?;
+        .map_err(|_| ErrorReason::NotFound(format!("the guest has no disk {name}")))?;
     let (major, minor) = number.trim().split_once(':').context("no device number")?;
     Ok((major.parse()?, minor.parse()?))
 }
 
 /// Adds a disk to a running container, completely or not at all.
-pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
+pub(crate) fn add_device(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let path = config(to);
     let mut spec = Spec::load(&path)?;
     let (major, minor) = number(device)?;
@@ -135,7 +137,7 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let mut nodes = nodes.into_iter().flatten();
     if nodes.any(|node| (node.major(), node.minor()) == (major, minor)) {
         let reason = format!("the container has {} already", device.guest_name);
-        bail!(Refused::AlreadyExists(reason));
+        bail!(ErrorReason::AlreadyExists(reason));
     }
     let (dir, name) = place(to, device)?;
     // The node first: without the rule it opens nothing, and a container that put something else in its place does not get
@@ -156,7 +158,7 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
 }
 
 /// Removes a disk from a running container. Processes that have it open keep it.
-pub(crate) fn take(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
+pub(crate) fn remove_device(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let path = config(from);
     let mut spec = Spec::load(&path)?;
     let place_of_it = Path::new(&device.path);
@@ -196,7 +198,7 @@ fn save(spec: &Spec, path: &Path) -> Result<()> {
 fn place(container: &Running<'_>, device: &BlockDevice) -> Result<(OwnedFd, PathBuf)> {
     let path = Path::new(&device.path);
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        bail!(Refused::Invalid(format!(
+        bail!(ErrorReason::Invalid(format!(
             "{} is no place for a device",
             device.path
         )));

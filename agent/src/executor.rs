@@ -9,7 +9,7 @@ use crate::console;
 use crate::privileges::Privileges;
 use crate::start_hooks::StartHooks;
 use crate::user_namespace::UserNamespace;
-use koya_protocol::Refused;
+use koya_protocol::ErrorReason;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::Spec;
 use rustix::fs::{Access, AtFlags, CWD, FileType, Uid, accessat, fchown, fstat};
@@ -50,7 +50,7 @@ pub(crate) struct Reason(PipeReader);
 
 impl Reason {
     /// The reason why the program can't be executed, if there is one.
-    pub(crate) fn read(mut self) -> Option<Refused> {
+    pub(crate) fn read(mut self) -> Option<ErrorReason> {
         // Other holders of the other end write nothing any more.
         rustix::io::ioctl_fionbio(&self.0, true).ok()?;
         let mut bytes = Vec::new();
@@ -81,8 +81,8 @@ impl Program {
     }
 
     /// Called in the container's process, which shares the pipe with the helper.
-    fn tell(&self, exit_status: i32, reason: &str) {
-        let told = Refused::NotExecutable {
+    fn report_failure(&self, exit_status: i32, reason: &str) {
+        let told = ErrorReason::NotExecutable {
             exit_status,
             reason: reason.chars().take(MAX_REASON).collect(),
         };
@@ -207,23 +207,23 @@ fn cannot_execute(path: &Path, error: &std::io::Error, lacks: Option<&str>) -> S
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let found = match &self.confinement {
-            Some(_) => self.privileges.as_if_given_up(|| find(spec)),
+            Some(_) => self.privileges.with_dropped_privileges(|| find(spec)),
             // The process may wait for its start for a long time, visible to others.
             None => {
-                let given_up = self.privileges.give_up();
+                let given_up = self.privileges.drop_all();
                 given_up.map_err(|e| ExecutorValidationError::ArgValidationError(e.to_string()))?;
                 find(spec)
             }
         };
         found.map(drop).map_err(|(code, why)| {
-            self.tell(code, &why);
+            self.report_failure(code, &why);
             ExecutorValidationError::ArgValidationError(why)
         })
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         if let Some(confinement) = &self.confinement {
-            let confined = confine(confinement).and_then(|()| self.privileges.give_up());
+            let confined = confine(confinement).and_then(|()| self.privileges.drop_all());
             if let Err(ExecutorError::Other(why)) = &confined {
                 // As below.
                 eprintln!("koya: {why}");
@@ -237,7 +237,7 @@ impl Executor for Program {
         }
         // Repeated with the final user, who may have fewer permissions than at the validation.
         let path = find(spec).map_err(|(code, why)| {
-            self.tell(code, &why);
+            self.report_failure(code, &why);
             ExecutorError::Other(why)
         })?;
         let args: Vec<CString> = spec
@@ -276,8 +276,8 @@ pub(crate) fn give_streams(uid: u32) {
 }
 
 fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
-    let doors = confinement.groups.iter().map(|door| &**door);
-    cgroup::join(doors).map_err(|e| {
+    let files = confinement.groups.iter().map(|file| &**file);
+    cgroup::join(files).map_err(|e| {
         let pid = std::process::id();
         ExecutorError::Other(format!("adding pid {pid} to cgroups: {e}"))
     })?;
@@ -309,7 +309,7 @@ mod tests {
             serde_json::from_str(&text).unwrap()
         };
         assert!(program.validate(&spec("nope")).is_err());
-        let told = Refused::NotExecutable {
+        let told = ErrorReason::NotExecutable {
             exit_status: NOT_FOUND,
             reason: "nope: executable file not found in $PATH (/none)".into(),
         };
@@ -319,10 +319,10 @@ mod tests {
         assert!(program.validate(&spec("/proc/self/exe")).is_ok());
         assert_eq!(reason.read(), None);
         let (program, reason) = Program::new(None, Privileges::default()).unwrap();
-        program.tell(CANNOT_RUN, &"x".repeat(1 << 20));
+        program.report_failure(CANNOT_RUN, &"x".repeat(1 << 20));
         assert!(matches!(
             reason.read(),
-            Some(Refused::NotExecutable {
+            Some(ErrorReason::NotExecutable {
                 exit_status: CANNOT_RUN,
                 ..
             })

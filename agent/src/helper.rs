@@ -11,7 +11,7 @@ use crate::privileges::Privileges;
 use crate::start_hooks::StartHooks;
 use crate::user_namespace::UserNamespace;
 use anyhow::{Context, Result, anyhow, bail};
-use koya_protocol::Refused;
+use koya_protocol::ErrorReason;
 use koya_rootfs::Rootfs;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
@@ -89,15 +89,15 @@ pub(crate) const PAUSE: &str = "pause";
 pub(crate) enum Outcome {
     /// It has created this process, or succeeded otherwise.
     Made(i32),
-    Refused(Refused),
+    ErrorReason(ErrorReason),
     Failed(String),
 }
 
 impl Outcome {
     fn of(result: Result<i32>) -> Self {
-        match result.map_err(|error| error.downcast::<Refused>()) {
+        match result.map_err(|error| error.downcast::<ErrorReason>()) {
             Ok(pid) => Self::Made(pid),
-            Err(Ok(refused)) => Self::Refused(refused),
+            Err(Ok(refused)) => Self::ErrorReason(refused),
             Err(Err(error)) => Self::Failed(format!("{error:#}")),
         }
     }
@@ -106,7 +106,7 @@ impl Outcome {
     pub(crate) fn made(self) -> Result<i32> {
         match self {
             Self::Made(pid) => Ok(pid),
-            Self::Refused(refused) => Err(refused.into()),
+            Self::ErrorReason(refused) => Err(refused.into()),
             Self::Failed(text) => Err(anyhow!(text)),
         }
     }
@@ -140,8 +140,8 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
         return hook(|| crate::late_mounts::make_dev_read_only(root, terminal));
     }
     let (outcome, result) = match args.as_slice() {
-        ["create", id, outcome, console, further, uid] => {
-            (outcome, create(id, console, further, uid))
+        ["create", id, outcome, console, extra_fds, uid] => {
+            (outcome, create(id, console, extra_fds, uid))
         }
         ["start", id, outcome] => (outcome, start(id)),
         [
@@ -151,11 +151,11 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
             cgroup,
             terminal,
             console,
-            further,
+            extra_fds,
             process,
         ] => (
             outcome,
-            exec(id, cgroup, terminal, console, further, process),
+            exec(id, cgroup, terminal, console, extra_fds, process),
         ),
         ["delete", id, outcome] => (outcome, delete(id)),
         ["pause", _, outcome] => (outcome, pause()),
@@ -174,7 +174,7 @@ fn console_path(console: &str) -> Option<PathBuf> {
 }
 
 /// Moves the process's descriptors 3 and up to their numbers, before any other is opened; returns their count.
-fn take_further(numbers: &str) -> Result<i32> {
+fn take_extra_fds(numbers: &str) -> Result<i32> {
     let numbers = numbers.split(',').filter(|number| !number.is_empty());
     let numbers: Vec<i32> = numbers.map(str::parse).collect::<Result<_, _>>()?;
     if numbers.is_empty() {
@@ -188,8 +188,8 @@ fn take_further(numbers: &str) -> Result<i32> {
     Ok(i32::try_from(numbers.len())?)
 }
 
-fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
-    let further = take_further(further)?;
+fn create(id: &str, console: &str, extra_fds: &str, uid: &str) -> Result<i32> {
+    let extra_fds = take_extra_fds(extra_fds)?;
     std::fs::create_dir_all(STATE)?;
     executor::give_streams(uid.parse()?);
     let privileges = serde_json::from_slice(&std::fs::read(bundle(id).join(PRIVILEGES))?)?;
@@ -199,7 +199,7 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
         .with_root_path(STATE)?
         .with_console_socket(console_path(console))
         .with_executor(program)
-        .with_preserved_fds(further)
+        .with_preserved_fds(extra_fds)
         .validate_id()?
         .as_init(bundle(id))
         .with_systemd(false)
@@ -207,7 +207,7 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
         .build();
     let container = built.map_err(|error| {
         let told = reason.read();
-        why(error, told.or_else(|| no_first_directory(id)))
+        classify_error(error, told.or_else(|| no_first_directory(id)))
     })?;
     Ok(container
         .pid()
@@ -216,11 +216,11 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
 }
 
 /// The reason why libcontainer failed: a known reason, an invalid configuration, or another error.
-fn why(error: LibcontainerError, known: Option<Refused>) -> anyhow::Error {
+fn classify_error(error: LibcontainerError, known: Option<ErrorReason>) -> anyhow::Error {
     match (known, error) {
         (Some(refused), _) => refused.into(),
         (None, error @ (LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_))) => {
-            Refused::Invalid(format!("{:#}", anyhow!(error))).into()
+            ErrorReason::Invalid(format!("{:#}", anyhow!(error))).into()
         }
         (None, error) => error.into(),
     }
@@ -270,10 +270,10 @@ fn exec(
     cgroup: &str,
     terminal: &str,
     console: &str,
-    further: &str,
+    extra_fds: &str,
     process: &str,
 ) -> Result<i32> {
-    let further = take_further(further)?;
+    let extra_fds = take_extra_fds(extra_fds)?;
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
     let shared = std::fs::read(bundle(id).join(ADDED).join(SHARED))?;
@@ -291,8 +291,8 @@ fn exec(
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
     let confinement = Confinement {
         groups: match cgroup.is_empty() {
-            true => cgroup::doors(id, first)?,
-            false => vec![cgroup::door(id, cgroup)?],
+            true => cgroup::join_files(id, first)?,
+            false => vec![cgroup::join_file(id, cgroup)?],
         },
         affinity,
         uid,
@@ -307,27 +307,27 @@ fn exec(
         .with_root_path(&entry.0)?
         .with_console_socket(console_path(console))
         .with_executor(program)
-        .with_preserved_fds(further)
+        .with_preserved_fds(extra_fds)
         .as_tenant()
         .with_detach(true)
         .with_process(Some(process))
         .build();
     let pid = built.map_err(|error| {
         let told = reason.read();
-        why(error, told.or_else(|| no_directory(id, wanted.cwd())))
+        classify_error(error, told.or_else(|| no_directory(id, wanted.cwd())))
     })?;
     Ok(pid.as_raw())
 }
 
 /// The error for a missing working directory of a process, which libcontainer does not report.
-fn no_directory(id: &str, cwd: &Path) -> Option<Refused> {
+fn no_directory(id: &str, cwd: &Path) -> Option<ErrorReason> {
     let first = load(id).ok()?.pid()?.as_raw();
     let root = Rootfs::open(Path::new(&format!("/proc/{first}/root"))).ok()?;
     not_a_directory(&root, cwd)
 }
 
 /// The same for the first process. Directories in mounts are not seen from here.
-fn no_first_directory(id: &str) -> Option<Refused> {
+fn no_first_directory(id: &str) -> Option<ErrorReason> {
     let spec = Spec::load(bundle(id).join(CONFIG)).ok()?;
     let cwd = spec.process().as_ref()?.cwd();
     let mut mounts = spec.mounts().iter().flatten();
@@ -338,13 +338,13 @@ fn no_first_directory(id: &str) -> Option<Refused> {
     not_a_directory(&root, cwd)
 }
 
-fn not_a_directory(root: &Rootfs, cwd: &Path) -> Option<Refused> {
+fn not_a_directory(root: &Rootfs, cwd: &Path) -> Option<ErrorReason> {
     let reason = match root.find(cwd) {
         Ok(_) if root.is_directory(cwd) => return None,
         Ok(_) => "it is not a directory".into(),
         Err(error) => format!("{error:#}"),
     };
-    Some(Refused::NotExecutable {
+    Some(ErrorReason::NotExecutable {
         exit_status: executor::CANNOT_RUN,
         reason: format!("the working directory {}: {reason}", cwd.display()),
     })
@@ -360,9 +360,9 @@ fn pause() -> Result<i32> {
 
 /// Main function of that process: it reaps its children. It is the first process that containers see, so it has no files and
 /// no privileges.
-pub(crate) fn hold() -> ! {
+pub(crate) fn pause_main() -> ! {
     crate::sys::collect_children();
-    if let Err(error) = let_go() {
+    if let Err(error) = isolate() {
         crate::sys::kernel_log(&format!("koya-agent: pause: {error:#}"));
         std::process::exit(1);
     }
@@ -371,7 +371,7 @@ pub(crate) fn hold() -> ! {
     }
 }
 
-fn let_go() -> Result<()> {
+fn isolate() -> Result<()> {
     const NOBODY: u32 = 65_535;
     // If it were killed, the whole namespace would end.
     std::fs::write("/proc/self/oom_score_adj", "-1000")?;
@@ -405,7 +405,7 @@ fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
     // libcontainer writes the container's state to standard input, and a broken pipe would end it.
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).ok();
     if let (Ok(uid), Ok(gid)) = (uid.parse(), gid.parse())
-        && let Err(error) = crate::within::make_working_directory(root, path, (uid, gid))
+        && let Err(error) = crate::root_setup::make_working_directory(root, path, (uid, gid))
     {
         crate::sys::kernel_log(&format!("koya-agent: no {path}: {error:#}"));
     }
@@ -427,7 +427,7 @@ fn hook(work: impl FnOnce() -> Result<()>) -> ExitCode {
 
 fn delete(id: &str) -> Result<i32> {
     if !Path::new(STATE).join(id).exists() {
-        bail!(Refused::NotFound(format!("no container {id}")));
+        bail!(ErrorReason::NotFound(format!("no container {id}")));
     }
     // libcontainer removes the container's own group, which must be empty.
     let ended = cgroup::end_nested(id);
@@ -448,14 +448,14 @@ mod tests {
             serde_json::from_slice::<Outcome>(&text).unwrap().made()
         };
         assert_eq!(through(Ok(7)).unwrap(), 7);
-        let refused = Refused::NotExecutable {
+        let refused = ErrorReason::NotExecutable {
             exit_status: 126,
             reason: "pid 1 error\n".into(),
         };
         let error = through(Err(refused.clone().into())).unwrap_err();
-        assert_eq!(error.downcast_ref::<Refused>(), Some(&refused));
+        assert_eq!(error.downcast_ref::<ErrorReason>(), Some(&refused));
         let error = through(Err(anyhow!("pid 7").context("refused 127"))).unwrap_err();
-        assert!(error.downcast_ref::<Refused>().is_none());
+        assert!(error.downcast_ref::<ErrorReason>().is_none());
         assert_eq!(error.to_string(), "refused 127: pid 7");
     }
 }

@@ -4,7 +4,7 @@
 //! An image is not trusted by the host, which never mounts it: only the guest kernel does.
 
 use anyhow::{Context, Result, bail};
-use koya_protocol::{MAX_ACCOUNTS, Refused, image_root};
+use koya_protocol::{ErrorReason, MAX_ACCOUNTS, image_root};
 use koya_rootfs::Rootfs;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -43,7 +43,7 @@ impl Parts {
 pub(crate) fn mount_image(id: &str, disk: &str) -> Result<()> {
     let parts = Parts::of(id);
     if parts.root.exists() {
-        bail!(Refused::AlreadyExists(format!(
+        bail!(ErrorReason::AlreadyExists(format!(
             "container {id} has a root already"
         )));
     }
@@ -61,7 +61,7 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
     let device = format!("/dev/{disk}");
     let head = head(&device)?;
     let Some(kind) = kind_of(&head) else {
-        bail!(Refused::Unsupported(
+        bail!(ErrorReason::Unsupported(
             "the image is neither erofs nor ext4".into()
         ));
     };
@@ -69,7 +69,7 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
     match mount(&*device, &parts.lower, kind, MountFlags::RDONLY, no_options) {
         // The kernel says which part it does not support only in its log.
         Err(Errno::OPNOTSUPP | Errno::INVAL) if is_compressed(&head) => {
-            bail!(Refused::Unsupported(
+            bail!(ErrorReason::Unsupported(
                 "the image is a compressed erofs file system, which this guest kernel can't read; make it without \
                  compression (mkfs.erofs without -z)"
                     .into()
@@ -77,7 +77,7 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
         }
         // The disk is read-only, so that the kernel can't replay the journal.
         Err(Errno::ROFS) if kind == "ext4" => {
-            bail!(Refused::Unsupported(
+            bail!(ErrorReason::Unsupported(
                 "the image's ext4 file system was not unmounted cleanly; repair it first (e2fsck -p FILE)"
                     .into()
             ));

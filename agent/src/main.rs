@@ -18,6 +18,7 @@ mod cpus;
 mod details;
 mod device_rules;
 mod disks;
+mod enosys_filter;
 mod executor;
 mod helper;
 mod images;
@@ -28,6 +29,7 @@ mod network;
 mod oom;
 mod privileges;
 mod reaper;
+mod root_setup;
 mod service;
 mod start_hooks;
 mod state;
@@ -36,11 +38,9 @@ mod streams;
 mod sys;
 mod sysctl;
 mod tmpfs;
-mod unknown_calls;
 mod user_namespace;
 mod volumes;
 mod watches;
-mod within;
 
 use koya_protocol::messages::GuestTimes;
 use std::process::ExitCode;
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         return helper::main(&args[2..]);
     }
     if args.get(1).map(String::as_str) == Some(helper::PAUSE) {
-        helper::hold();
+        helper::pause_main();
     }
     if let Some(file) = args.first().and_then(|name| mappings::file_of(name)) {
         return mappings::main(file, &args[1..]);

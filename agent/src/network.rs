@@ -46,8 +46,8 @@ pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
         let index = find(&links, &wanted.hw_addr)?;
         // Another interface with this name gets its own later.
         if let Some(other) = holder(&links, &wanted.name).filter(|other| *other != index) {
-            let aside = LinkUnspec::new_with_index(other).name(format!("koya-net{other}"));
-            let renamed = handle.link().set(aside.build()).execute().await;
+            let run_blocking = LinkUnspec::new_with_index(other).name(format!("koya-net{other}"));
+            let renamed = handle.link().set(run_blocking.build()).execute().await;
             renamed.with_context(|| format!("the name {} is in use", wanted.name))?;
         }
         let mut link = LinkUnspec::new_with_index(index);

@@ -1,9 +1,9 @@
 //! The last privileges that a process gives up: system calls outside its filter, and capabilities.
 //!
 //! libcontainer does that for a container's own process, but not for exec processes, and it has no answer for calls unknown
-//! to a filter ([`unknown_calls`]).
+//! to a filter ([`enosys_filter`]).
 
-use crate::unknown_calls;
+use crate::enosys_filter;
 use libcontainer::capabilities::{CapabilityExt as _, drop_privileges};
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
@@ -28,7 +28,7 @@ impl Privileges {
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let process = spec.process().as_ref();
         let wanted = process.and_then(|process| process.capabilities().as_ref());
-        if !seccomp.as_ref().is_some_and(unknown_calls::concerns)
+        if !seccomp.as_ref().is_some_and(enosys_filter::concerns)
             && !wanted.is_some_and(inherits_more)
         {
             return Self::default();
@@ -53,7 +53,7 @@ impl Privileges {
 
     /// Gives them up. Without capabilities, only a process with no_new_privs may add a filter; and a filter may prevent
     /// dropping capabilities.
-    pub(crate) fn give_up(&self) -> Result<(), ExecutorError> {
+    pub(crate) fn drop_all(&self) -> Result<(), ExecutorError> {
         match no_new_privs() {
             Ok(true) => {
                 self.drop_capabilities()?;
@@ -72,7 +72,7 @@ impl Privileges {
             return Ok(());
         };
         initialize_seccomp(seccomp).map_err(|error| failed(error.to_string()))?;
-        unknown_calls::answer(seccomp).map_err(|error| failed(error.to_string()))
+        enosys_filter::install(seccomp).map_err(|error| failed(error.to_string()))
     }
 
     fn drop_capabilities(&self) -> Result<(), ExecutorError> {
@@ -88,7 +88,7 @@ impl Privileges {
     }
 
     /// Runs `work` with the access rights to files that will be left.
-    pub(crate) fn as_if_given_up<T>(&self, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn with_dropped_privileges<T>(&self, work: impl FnOnce() -> T) -> T {
         let Some((wanted, own)) = self.capabilities.as_ref().zip(capabilities(None).ok()) else {
             return work();
         };

@@ -28,7 +28,7 @@ use koya_protocol::messages::{
     UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
     WaitProcessResponse,
 };
-use koya_protocol::{Agent, CONTROL_PORT, Refused, create_agent};
+use koya_protocol::{Agent, CONTROL_PORT, ErrorReason, create_agent};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -67,7 +67,7 @@ impl Service {
         let answer = receiver.await.map_err(|_| gone())?;
         answer.map_err(|error| {
             let text = format!("{error:#}");
-            ttrpc::Error::RpcStatus(match error.downcast_ref::<Refused>() {
+            ttrpc::Error::RpcStatus(match error.downcast_ref::<ErrorReason>() {
                 Some(refused) => refused.status(&text),
                 None => ttrpc::get_status(Code::UNKNOWN, text),
             })
@@ -190,7 +190,7 @@ impl Agent for Service {
             let key = (request.container_id, request.exec_id);
             state.with(&key, |process| match &process.terminal {
                 Some(master) => console::resize(master, request.rows, request.columns),
-                None => bail!(Refused::Invalid("the process has no terminal".into())),
+                None => bail!(ErrorReason::Invalid("the process has no terminal".into())),
             })??;
             Ok(Empty::new())
         })
@@ -327,7 +327,7 @@ impl Agent for Service {
         self.ask(async move |_: State| {
             let id = check_id(&request.container_id)?.to_owned();
             let disk = check_id(&request.guest_name)?.to_owned();
-            aside(move || images::mount_image(&id, &disk)).await?;
+            run_blocking(move || images::mount_image(&id, &disk)).await?;
             Ok(Empty::new())
         })
         .await
@@ -340,7 +340,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
             let id = check_id(&request.container_id)?.to_owned();
-            aside(move || images::unmount_image(&id)).await?;
+            run_blocking(move || images::unmount_image(&id)).await?;
             Ok(Empty::new())
         })
         .await
@@ -353,7 +353,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Accounts> {
         self.ask(async move |_: State| {
             let id = check_id(&request.container_id)?.to_owned();
-            aside(move || {
+            run_blocking(move || {
                 Ok(Accounts {
                     passwd: images::read(&id, "etc/passwd")?,
                     group: images::read(&id, "etc/group")?,
@@ -372,7 +372,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Disk> {
         self.ask(async move |_: State| {
             Ok(Disk {
-                guest_name: aside(move || disks::attach(request.window)).await?,
+                guest_name: run_blocking(move || disks::attach(request.window)).await?,
                 ..Default::default()
             })
         })
@@ -385,7 +385,7 @@ impl Agent for Service {
         request: DetachDiskRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            aside(move || disks::detach(request.window)).await?;
+            run_blocking(move || disks::detach(request.window)).await?;
             Ok(Empty::new())
         })
         .await
@@ -396,7 +396,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ContainerDeviceRequest,
     ) -> ttrpc::Result<Empty> {
-        self.ask(async move |state: State| state.change_device(request, disks::give).await)
+        self.ask(async move |state: State| state.change_device(request, disks::add_device).await)
             .await
     }
 
@@ -405,7 +405,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ContainerDeviceRequest,
     ) -> ttrpc::Result<Empty> {
-        self.ask(async move |state: State| state.change_device(request, disks::take).await)
+        self.ask(async move |state: State| state.change_device(request, disks::remove_device).await)
             .await
     }
 
@@ -434,7 +434,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<ContainerStats> {
         self.ask(async move |_: State| {
             let id = check_id(&request.container_id)?.to_owned();
-            aside(move || cgroup::stats(&id)).await
+            run_blocking(move || cgroup::stats(&id)).await
         })
         .await
     }
@@ -446,7 +446,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
             let id = check_id(&request.container_id)?.to_owned();
-            aside(move || cgroup::update(&id, &request.resources_json)).await?;
+            run_blocking(move || cgroup::update(&id, &request.resources_json)).await?;
             Ok(Empty::new())
         })
         .await
@@ -486,7 +486,7 @@ impl Agent for Service {
         request: ReportHostEventsRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            aside(move || watches::fire(&request.events)).await?;
+            run_blocking(move || watches::fire(&request.events)).await?;
             Ok(Empty::new())
         })
         .await
@@ -514,7 +514,7 @@ impl Agent for Service {
 
 /// Runs work that may wait for a disk, or for a container's own files, on another thread, so that other requests are served
 /// meanwhile.
-pub(crate) async fn aside<T: Send + 'static>(
+pub(crate) async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await?

@@ -9,12 +9,12 @@ use crate::late_mounts;
 use crate::mappings;
 use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
-use crate::service::aside;
+use crate::service::run_blocking;
 use crate::start_hooks::StartHooks;
 use crate::streams;
-use crate::{cgroup, sys, tmpfs, volumes, within};
+use crate::{cgroup, root_setup, sys, tmpfs, volumes};
 use anyhow::{Context, Result, bail};
-use koya_protocol::Refused;
+use koya_protocol::ErrorReason;
 use koya_protocol::messages::{
     BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
     ExecProcessRequest, Process, SignalProcessRequest, Stdio,
@@ -76,7 +76,7 @@ impl Drop for Helping {
 }
 
 /// The process created by a helper.
-pub(crate) struct Made {
+pub(crate) struct CreatedProcess {
     pub(crate) pid: i32,
     _helping: Helping,
 }
@@ -87,7 +87,7 @@ pub(crate) struct Streams {
     stdout: std::process::Stdio,
     stderr: std::process::Stdio,
     /// Descriptors 3 and up, which the helper takes by their numbers in this process.
-    further: Vec<OwnedFd>,
+    extra_fds: Vec<OwnedFd>,
 }
 
 impl Streams {
@@ -96,7 +96,7 @@ impl Streams {
             stdin: std::process::Stdio::null(),
             stdout: std::process::Stdio::null(),
             stderr: std::process::Stdio::null(),
-            further: Vec::new(),
+            extra_fds: Vec::new(),
         }
     }
 
@@ -106,14 +106,14 @@ impl Streams {
                 stdin: streams::input(&stdio.stdin)?,
                 stdout: streams::output(&stdio.stdout)?,
                 stderr: streams::output(&stdio.stderr)?,
-                further: Vec::new(),
+                extra_fds: Vec::new(),
             })
         };
         open().context("cannot open a standard stream to the host")
     }
 
     fn numbers(&self) -> String {
-        let numbers = self.further.iter().map(|fd| fd.as_raw_fd().to_string());
+        let numbers = self.extra_fds.iter().map(|fd| fd.as_raw_fd().to_string());
         numbers.collect::<Vec<_>>().join(",")
     }
 }
@@ -122,7 +122,7 @@ impl State {
     pub(crate) fn with<T>(&self, key: &Key, look: impl FnOnce(&Tracked) -> T) -> Result<T> {
         let processes = self.processes.borrow();
         let process = processes.get(key).ok_or_else(|| {
-            Refused::NoProcess(format!("no process {:?} of container {:?}", key.1, key.0))
+            ErrorReason::NoProcess(format!("no process {:?} of container {:?}", key.1, key.0))
         })?;
         Ok(look(process))
     }
@@ -130,10 +130,10 @@ impl State {
     pub(crate) async fn create(&self, request: CreateContainerRequest) -> Result<Process> {
         let id = check_id(&request.container_id)?;
         let mut spec: Spec = serde_json::from_slice(&request.spec_json)
-            .map_err(|error| broken("configuration", &error))?;
+            .map_err(|error| invalid_json("configuration", &error))?;
         let dir = bundle(id);
         if dir.exists() {
-            bail!(Refused::AlreadyExists(format!("container {id} exists")));
+            bail!(ErrorReason::AlreadyExists(format!("container {id} exists")));
         }
         configuration::adapt(&mut spec, id)?;
         fs::create_dir_all(&dir)?;
@@ -190,7 +190,7 @@ impl State {
         if !memory.is_empty() || !disks.is_empty() || !shared.is_empty() {
             let (of, memory, disks) = (id.to_owned(), memory.clone(), disks.clone());
             let shared = shared.clone();
-            aside(move || {
+            run_blocking(move || {
                 volumes::mount_all(&of, &memory, &disks)?;
                 volumes::mount_shared(&of, &shared)
             })
@@ -202,17 +202,17 @@ impl State {
         if request.guest_devices {
             configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
         }
-        if tmpfs::concerns(&spec, within::is_image(id, &spec)) {
+        if tmpfs::concerns(&spec, root_setup::is_image(id, &spec)) {
             let of = id.to_owned();
-            spec = aside(move || tmpfs::prepare(&of, spec)).await?;
+            spec = run_blocking(move || tmpfs::prepare(&of, spec)).await?;
         }
         late_mounts::take(&mut spec)?;
-        let mut spec = match within::lacks_nothing(id, &spec, &request.files) {
+        let mut spec = match root_setup::is_complete(id, &spec, &request.files) {
             true => spec,
             // Access to its root may be slow.
             false => {
                 let (of, files) = (id.to_owned(), request.files.clone());
-                aside(move || within::complete(&of, spec, &files)).await?
+                run_blocking(move || root_setup::complete_root(&of, spec, &files)).await?
             }
         };
         if let Some(hooks) = StartHooks::take(&mut spec, id, &bundle(id)) {
@@ -273,7 +273,7 @@ impl State {
         let key = (id.to_owned(), String::new());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
         if ended {
-            bail!(Refused::NoProcess(format!("container {id} has ended")));
+            bail!(ErrorReason::NoProcess(format!("container {id} has ended")));
         }
         Ok(pid)
     }
@@ -295,7 +295,7 @@ impl State {
         let key = (id.to_owned(), exec_id.to_owned());
         if self.processes.borrow().contains_key(&key) {
             let reason = format!("container {id} has a process {exec_id}");
-            bail!(Refused::AlreadyExists(reason));
+            bail!(ErrorReason::AlreadyExists(reason));
         }
         self.running(id)?;
         let path = bundle(id).join(format!("process-{exec_id}.json"));
@@ -340,8 +340,9 @@ impl State {
             Some(_) => Streams::none(),
             None => Streams::open(stdio)?,
         };
-        let further: std::io::Result<_> = stdio.further.iter().map(streams::further).collect();
-        streams.further = further.context("cannot open a stream to the host")?;
+        let extra_fds: std::io::Result<_> =
+            stdio.extra_fds.iter().map(streams::extra_fds).collect();
+        streams.extra_fds = extra_fds.context("cannot open a stream to the host")?;
         let socket = console
             .as_ref()
             .map_or("-".into(), |c| c.path().to_string_lossy());
@@ -371,7 +372,7 @@ impl State {
     }
 
     /// Runs a helper to its end and returns the created process.
-    pub(crate) async fn help(&self, args: &[&str], streams: Streams) -> Result<Made> {
+    pub(crate) async fn help(&self, args: &[&str], streams: Streams) -> Result<CreatedProcess> {
         let _helping = Helping::new(self);
         fs::create_dir_all("/run/koya/outcomes")?;
         let number = self.helpers.replace(self.helpers.get() + 1);
@@ -392,7 +393,7 @@ impl State {
             .with_context(|| format!("the helper for {} ended with status {status}", args[0]))?;
         fs::remove_file(&outcome).ok();
         let outcome: helper::Outcome = serde_json::from_slice(&text)?;
-        Ok(Made {
+        Ok(CreatedProcess {
             pid: outcome.made()?,
             _helping,
         })
@@ -407,7 +408,7 @@ impl State {
         let id = check_id(&request.container_id)?.to_owned();
         let device = request.device.into_option().context("no device")?;
         let pid = self.running(&id)?;
-        aside(move || change(&disks::Running { id: &id, pid }, &device)).await?;
+        run_blocking(move || change(&disks::Running { id: &id, pid }, &device)).await?;
         Ok(Empty::new())
     }
 
@@ -415,7 +416,7 @@ impl State {
     pub(crate) async fn freeze(&self, request: ContainerRequest, frozen: bool) -> Result<Empty> {
         let id = check_id(&request.container_id)?.to_owned();
         self.running(&id)?;
-        aside(move || cgroup::freeze(&id, frozen)).await?;
+        run_blocking(move || cgroup::freeze(&id, frozen)).await?;
         Ok(Empty::new())
     }
 
@@ -423,7 +424,7 @@ impl State {
         let key = (request.container_id.clone(), request.exec_id.clone());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
         if ended {
-            bail!(Refused::NoProcess("the process has ended".into()));
+            bail!(ErrorReason::NoProcess("the process has ended".into()));
         }
         let number = i32::try_from(request.signal)?;
         let sent = match request.all {
@@ -431,7 +432,7 @@ impl State {
             false => match sys::kill(pid, number) {
                 // It has ended, and its exit will be reported.
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
-                    bail!(Refused::NoProcess("the process has ended".into()));
+                    bail!(ErrorReason::NoProcess("the process has ended".into()));
                 }
                 sent => sent.map_err(Into::into),
             },
@@ -458,15 +459,15 @@ fn give_terminal(process: &Tracked, uid: u32) -> Result<()> {
 }
 
 /// The error for an invalid part of a request.
-pub(crate) fn broken(what: &str, error: &serde_json::Error) -> Refused {
-    Refused::Invalid(format!("the {what} is broken: {error}"))
+pub(crate) fn invalid_json(what: &str, error: &serde_json::Error) -> ErrorReason {
+    ErrorReason::Invalid(format!("the {what} is broken: {error}"))
 }
 
 /// Checks that an ID is a single path component.
 pub(crate) fn check_id(id: &str) -> Result<&str> {
     if !koya_protocol::is_id(id) {
         let reason = format!("{id:?} is no name for a container or process");
-        bail!(Refused::Invalid(reason));
+        bail!(ErrorReason::Invalid(reason));
     }
     Ok(id)
 }

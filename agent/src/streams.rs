@@ -5,8 +5,8 @@
 
 use crate::sys;
 use koya_protocol::STREAM_PORT;
-use koya_protocol::messages::FurtherStream;
-use koya_protocol::messages::further_stream::Direction;
+use koya_protocol::messages::ExtraStream;
+use koya_protocol::messages::extra_stream::Direction;
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Read, Write};
@@ -42,7 +42,7 @@ pub(crate) fn output(token: &str) -> std::io::Result<Stdio> {
 }
 
 /// The process's end of another stream.
-pub(crate) fn further(stream: &FurtherStream) -> std::io::Result<OwnedFd> {
+pub(crate) fn extra_fds(stream: &ExtraStream) -> std::io::Result<OwnedFd> {
     let direction = stream.direction.enum_value_or_default();
     if !stream.device.is_empty() {
         let device = OpenOptions::new()

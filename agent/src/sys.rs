@@ -1,7 +1,7 @@
 //! System calls that no safe crate wraps. Every function is safe to call; each `unsafe` block
 //! states why.
 
-use crate::unknown_calls::Step;
+use crate::enosys_filter::Step;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use std::fs::OpenOptions;

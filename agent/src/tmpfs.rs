@@ -6,7 +6,7 @@ use crate::configuration::{self, is_bind};
 use crate::volumes;
 use anyhow::{Context, Result};
 use koya_protocol::COPY_UP;
-use koya_rootfs::{Rootfs, memory_mode, says_mode};
+use koya_rootfs::{Rootfs, has_mode_option, memory_mode};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chmodat, chownat, mkdirat,
@@ -47,7 +47,7 @@ pub(crate) fn prepare(id: &str, mut spec: Spec) -> Result<Spec> {
         }
         let covered = covered(mount.destination(), earlier, &root);
         let mut options = mount.options().clone().unwrap_or_default();
-        if !says_mode(&options) {
+        if !has_mode_option(&options) {
             options.push(memory_mode(covered.as_ref())?);
         }
         let is_copy = copies(mount);

@@ -2,7 +2,7 @@
 
 mod group;
 
-use crate::service::aside;
+use crate::service::run_blocking;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::{DiskVolume, EphemeralVolume, SharedVolume};
@@ -200,7 +200,7 @@ pub(crate) async fn unmount_aside(id: &str) -> Result<()> {
     if !directory.exists() {
         return Ok(());
     }
-    aside(move || unmount_all(&directory)).await
+    run_blocking(move || unmount_all(&directory)).await
 }
 
 fn unmount_all(directory: &Path) -> Result<()> {

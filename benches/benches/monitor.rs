@@ -21,7 +21,7 @@ fn bench(c: &mut Criterion) {
     group.bench_function("start to the guest's first exit", |b| {
         b.iter_with_large_drop(|| {
             let vm = start();
-            vm.handle().wait_ended();
+            vm.handle().wait_exit();
             vm
         });
     });

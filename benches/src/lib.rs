@@ -3,7 +3,7 @@
 
 pub mod cost;
 pub mod counts;
-pub mod held;
+pub mod process_memory;
 pub mod tiny;
 
 use serde_json::{Map, Value, json};

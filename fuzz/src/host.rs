@@ -3,7 +3,7 @@
 use crate::folders::{Folder, Plan};
 use crate::input::Input;
 use koya::internals::{adapted, ask_agent, volume_in_memory};
-use koya::{Bundle, Settings, SharedNamespaces, SharedPids};
+use koya::{Bundle, Settings, SharedNamespaces, SharedPidNamespace};
 use koya_protocol::messages::{Accounts, ContainerStats, GuestTimes, OomEvent, Refusal};
 use koya_tasks::wire::Wire;
 use protobuf::Message as _;
@@ -290,9 +290,9 @@ pub fn oci_configurations(data: &[u8]) {
     dir.set_unchanged();
     let rootfs = dir.at("rootfs");
     let pids = match input.byte() % 3 {
-        0 => SharedPids::Unknown,
-        1 => SharedPids::Sandbox,
-        _ => SharedPids::Container("other".into()),
+        0 => SharedPidNamespace::Unknown,
+        1 => SharedPidNamespace::Sandbox,
+        _ => SharedPidNamespace::Container("other".into()),
     };
     let bundle = Bundle {
         spec,
@@ -341,7 +341,7 @@ pub fn settings(data: &[u8]) {
         let value = String::from_utf8_lossy(input.bytes(len)).into_owned();
         annotations.insert(key, value);
     }
-    if let Ok(with) = machine.clone().annotated(&annotations) {
+    if let Ok(with) = machine.clone().with_annotations(&annotations) {
         let fixed = |settings: &Settings| {
             let Settings {
                 kernel,
@@ -374,10 +374,10 @@ pub fn host_texts(data: &[u8]) {
         assert!(cpus.iter().all(|cpu| *cpu < koya_protocol::cpus::MAX_CPUS));
     }
     koya::parse_size(&text);
-    koya_vmm::guest_text::line(data);
-    let lines = koya_vmm::guest_text::lines(data);
+    koya_vmm::guest_text::sanitize_line(data);
+    let lines = koya_vmm::guest_text::sanitize_lines(data);
     assert!(lines.len() <= koya_vmm::guest_text::MAX_LINES);
-    crate::assert_plain(&koya_vmm::guest_text::whole(data));
+    crate::assert_plain(&koya_vmm::guest_text::sanitize(data));
 }
 
 /// Minimum number of descriptors accepted with a line: the standard streams.

@@ -5,9 +5,9 @@ mod network;
 mod times;
 
 use crate::account::Accounts;
-use crate::container::Needs;
+use crate::container::GuestResources;
 use crate::container_config::Device;
-use crate::oci::{SharedNamespaces, SharedPids};
+use crate::oci::{SharedNamespaces, SharedPidNamespace};
 use crate::patience::WRITE_OUT_LIMIT;
 use crate::stats::ContainerStats;
 use crate::sync::Turns;
@@ -186,7 +186,7 @@ impl Agent {
         &self,
         id: &str,
         spec: Vec<u8>,
-        needs: Needs,
+        needs: GuestResources,
         stdio: Stdio,
     ) -> Result<i32, Error> {
         check_size("configuration", &spec)?;
@@ -196,9 +196,9 @@ impl Agent {
             false => WRITE_OUT_LIMIT,
         };
         let SharedNamespaces { pids, ipc, uts } = needs.namespaces;
-        let sandbox_pidns = pids == SharedPids::Sandbox;
+        let sandbox_pidns = pids == SharedPidNamespace::Sandbox;
         let pidns_of = match pids {
-            SharedPids::Container(id) => id,
+            SharedPidNamespace::Container(id) => id,
             _ => String::new(),
         };
         let request = CreateContainerRequest {
@@ -336,7 +336,7 @@ impl Agent {
             });
             match answer {
                 // Only an expired limit counts, not an immediate error from the agent.
-                Err(Error::Overdue { .. }) if asked.elapsed() > limit / 2 => {
+                Err(Error::Timeout { .. }) if asked.elapsed() > limit / 2 => {
                     limit = ASK_AGAIN_MAX.min(limit * 2);
                 }
                 answer => return answer.map(|response| exit_status(response.status)),
@@ -525,7 +525,10 @@ impl Agent {
             Duration::MAX,
             |client, limit| client.get_oom_event(limit, &GetOomEventRequest::new()),
         )?;
-        Ok((guest_text::line(event.container_id), event.oom_kills))
+        Ok((
+            guest_text::sanitize_line(event.container_id),
+            event.oom_kills,
+        ))
     }
 
     /// Reports changes on the host to the guest's watches.

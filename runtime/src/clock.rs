@@ -135,7 +135,7 @@ fn run(events: &OwnedFd, timer: &OwnedFd, agent: &Agent) {
             .and_then(|()| compare(agent));
         match compared {
             Ok(()) => {}
-            Err(Error::HungUp { .. }) => return,
+            Err(Error::AgentDisconnected { .. }) => return,
             Err(error) => {
                 silent.warn(format_args!("the guest's clock does not follow: {error}"));
                 if arm(timer, RETRY).is_err() {
@@ -153,7 +153,7 @@ fn wait(events: &OwnedFd, timer: &OwnedFd) -> bool {
         // A signal, or the process was stopped and continued.
         Err(Errno::INTR) => return true,
         Err(error) => {
-            log::warn!("the guest's clock follows no more: {error}");
+            log::warn!("clock synchronization with the guest has ended: {error}");
             return false;
         }
         Ok(_) => {}
@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(asked, ["GetClock", "AdjustClock"]);
         let started = Instant::now();
         let silent = compare(&agent(|_| Word::Silence));
-        assert!(matches!(silent, Err(Error::Overdue { .. })), "{silent:?}");
+        assert!(matches!(silent, Err(Error::Timeout { .. })), "{silent:?}");
         assert!(started.elapsed() < PERIOD / 10);
     }
 

@@ -1,7 +1,7 @@
 //! The configuration of a sandbox.
 
 use crate::network::NetworkConfig;
-use crate::timeline::Keep;
+use crate::timeline::TimelineFile;
 use crate::{Cache, Error};
 use koya_vmm::{DiskConfig, HugePages, MemoryBacking};
 use std::collections::BTreeMap;
@@ -61,7 +61,7 @@ pub struct SandboxConfig {
     /// Kernel parameters appended to the guest kernel's command line. Default: "quiet".
     pub cmdline: String,
     /// Stores the timeline of the start on the host. Default: none.
-    pub timeline: Option<Keep>,
+    pub timeline: Option<TimelineFile>,
 }
 
 impl Default for SandboxConfig {

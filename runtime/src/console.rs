@@ -87,7 +87,7 @@ impl Console {
         let state = self.lock();
         let bytes: Vec<u8> = state.last.iter().copied().collect();
         drop(state);
-        last_lines(&guest_text::lines(bytes), lines)
+        last_lines(&guest_text::sanitize_lines(bytes), lines)
     }
 
     /// Sends the kept output and all further output to a writer until it fails.

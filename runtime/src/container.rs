@@ -3,17 +3,17 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::agent::{self, Agent};
+use crate::attachments::Attachments;
 use crate::container_config::{
     ContainerConfig, Device, ExecOptions, ProcessConfig, ProcessStreams,
 };
-use crate::ends::Mark;
-use crate::given::Given;
 use crate::mount_points;
 use crate::oci::{self, Bundle, Root, SharedNamespaces};
-use crate::plan::Plan;
+use crate::pending_streams::PendingStreams;
 use crate::sandbox::Inner;
 use crate::stats::ContainerStats;
 use crate::sync::lock;
+use crate::termination::Termination;
 use koya_protocol::messages;
 use koya_vmm::DiskConfig;
 use koya_vmm::host::threads;
@@ -32,9 +32,9 @@ pub struct Container {
     rootfs: PathBuf,
     /// Its first process, whose privileges apply to added processes.
     first: OciProcess,
-    given: Mutex<Given>,
+    attachments: Mutex<Attachments>,
     next_exec: AtomicU64,
-    mark: Arc<Mark>,
+    termination: Arc<Termination>,
 }
 
 /// A process of a container, with its streams.
@@ -49,7 +49,7 @@ pub struct Process {
     /// Reads its standard error.
     pub stderr: Option<UnixStream>,
     /// The host's ends of its descriptors 3 and up.
-    pub further: Vec<UnixStream>,
+    pub extra_fds: Vec<UnixStream>,
 }
 
 /// The result of a finished process.
@@ -65,7 +65,7 @@ pub struct Output {
 
 /// Requirements of a container in the guest beyond its OCI configuration.
 #[derive(Default)]
-pub(crate) struct Needs {
+pub(crate) struct GuestResources {
     pub(crate) devices: Vec<messages::BlockDevice>,
     pub(crate) volumes: Vec<messages::EphemeralVolume>,
     pub(crate) direct: Vec<messages::DiskVolume>,
@@ -81,18 +81,18 @@ fn launch(
     inner: &Arc<Inner>,
     id: &str,
     spec: &Spec,
-    needs: Needs,
+    resources: GuestResources,
     streams: &ProcessStreams,
 ) -> Result<Process, Error> {
-    let plan = Plan::new(inner, streams)?;
+    let pending = PendingStreams::new(inner, streams)?;
     let spec = serde_json::to_vec(spec).map_err(Error::invalid_by(
         "configuration",
         "it can't be written as JSON",
     ))?;
     inner.timeline.mark("asked the agent", id);
-    inner.agent.create(id, spec, needs, plan.message())?;
+    inner.agent.create(id, spec, resources, pending.message())?;
     inner.timeline.mark("made in the guest", id);
-    let finished = plan.finish(inner.clone(), id, "");
+    let finished = pending.finish(inner.clone(), id, "");
     if finished.is_err() {
         // Otherwise it would exist without an owner.
         inner.remove_container(id).ok();
@@ -101,13 +101,13 @@ fn launch(
 }
 
 /// A container being created.
-struct Making<'a> {
+struct ContainerCreation<'a> {
     inner: &'a Arc<Inner>,
     id: &'a str,
-    given: &'a mut Given,
+    attachments: &'a mut Attachments,
 }
 
-impl Making<'_> {
+impl ContainerCreation<'_> {
     /// The user databases of the root file system; the guest mounts it now unless it is a directory.
     fn accounts(&mut self, root: Root, rootfs: &Path) -> Result<Accounts, Error> {
         if root == Root::Directory {
@@ -118,7 +118,7 @@ impl Making<'_> {
             ..DiskConfig::new(rootfs)
         })?;
         let name = disk.device().name.clone();
-        let (_, is_mounted) = self.given.image.insert((disk, false));
+        let (_, is_mounted) = self.attachments.image.insert((disk, false));
         self.inner.agent.mount_image(self.id, &name)?;
         *is_mounted = true;
         self.inner.agent.accounts(self.id)
@@ -130,30 +130,30 @@ impl Making<'_> {
         bundle: Bundle,
         root: Root,
         accounts: &Accounts,
-        mut needs: Needs,
+        mut resources: GuestResources,
         streams: &ProcessStreams,
     ) -> Result<(Process, OciProcess), Error> {
         let (inner, id) = (self.inner, self.id);
         let rootfs = bundle.rootfs.clone();
-        needs.namespaces = bundle.shared.clone();
+        resources.namespaces = bundle.shared.clone();
         let mut adapted = oci::adapt(id, bundle, root, accounts)?;
         if root == Root::Directory {
             mount_points::make(&rootfs, &adapted.mount_points)?;
             let root = adapted.spec.root().as_ref();
             if root.and_then(|root| root.readonly()) == Some(true) {
-                make_optional(&rootfs, &needs.files);
+                make_optional(&rootfs, &resources.files);
             }
         }
-        needs.shared = self
-            .given
+        resources.shared = self
+            .attachments
             .share(inner, id, adapted.shares, &mut adapted.spec)?;
-        needs
+        resources
             .devices
-            .extend(self.given.attach(inner, adapted.disks)?);
-        needs.volumes = adapted.volumes;
-        needs.direct = self.given.attach_direct(inner, adapted.direct)?;
-        needs.guest_devices |= adapted.has_guest_devices;
-        let process = launch(inner, id, &adapted.spec, needs, streams)?;
+            .extend(self.attachments.attach(inner, adapted.disks)?);
+        resources.volumes = adapted.volumes;
+        resources.direct = self.attachments.attach_direct(inner, adapted.direct)?;
+        resources.guest_devices |= adapted.has_guest_devices;
+        let process = launch(inner, id, &adapted.spec, resources, streams)?;
         let first = adapted.spec.process().clone().unwrap_or_default();
         Ok((process, first))
     }
@@ -181,13 +181,19 @@ impl Container {
             let accounts = making.accounts(root, &config.rootfs)?;
             let accounts = accounts.with(&config.volumes);
             let bundle = oci::from_config::bundle(id, config, &accounts)?;
-            let needs = Needs {
+            let resources = GuestResources {
                 devices: config.devices.iter().map(agent::block_device).collect(),
                 guest_devices: config.privileged,
                 files: oci::from_config::files(id, config)?,
-                ..Needs::default()
+                ..GuestResources::default()
             };
-            making.make(bundle, root, &accounts, needs, &config.process.stdio.into())
+            making.make(
+                bundle,
+                root,
+                &accounts,
+                resources,
+                &config.process.stdio.into(),
+            )
         })
     }
 
@@ -200,7 +206,13 @@ impl Container {
         Self::make(inner, id, None, &bundle.rootfs, |making| {
             let root = Root::of(&bundle.rootfs)?;
             let accounts = making.accounts(root, &bundle.rootfs)?;
-            making.make(bundle.clone(), root, &accounts, Needs::default(), streams)
+            making.make(
+                bundle.clone(),
+                root,
+                &accounts,
+                GuestResources::default(),
+                streams,
+            )
         })
     }
 
@@ -209,16 +221,16 @@ impl Container {
         id: &str,
         config: Option<Box<ContainerConfig>>,
         rootfs: &Path,
-        make: impl FnOnce(&mut Making<'_>) -> Result<(Process, OciProcess), Error>,
+        make: impl FnOnce(&mut ContainerCreation<'_>) -> Result<(Process, OciProcess), Error>,
     ) -> Result<Self, Error> {
-        let mut given = Given::default();
+        let mut attachments = Attachments::default();
         // It counts as alive from its creation on.
-        let mark = inner.ends.add();
+        let termination = inner.terminator.add();
         let begun = inner.timeline.begin("create", id);
-        let made = make(&mut Making {
+        let made = make(&mut ContainerCreation {
             inner: &inner,
             id,
-            given: &mut given,
+            attachments: &mut attachments,
         });
         match made {
             Ok((process, first)) => {
@@ -228,15 +240,15 @@ impl Container {
                     config,
                     rootfs: rootfs.into(),
                     first,
-                    given: Mutex::new(given),
+                    attachments: Mutex::new(attachments),
                     next_exec: AtomicU64::new(1),
-                    mark,
+                    termination,
                 })
             }
             Err(error) => {
                 let error = inner.explain(error);
                 inner.timeline.fail(begun, &error);
-                given.take_back(&inner, id);
+                attachments.release(&inner, id);
                 Err(error)
             }
         }
@@ -283,13 +295,13 @@ impl Container {
     /// The reason why the virtual machine ended, if it did.
     pub fn wait(&self) -> Result<i32, Error> {
         let inner = &self.process.inner;
-        let ended = self.mark.follow(|| self.process.wait());
+        let ended = self.termination.follow(|| self.process.wait());
         let ended = ended.map_err(|error| match error {
-            Error::HungUp { .. } => inner.end_without_agent(error),
+            Error::AgentDisconnected { .. } => inner.end_without_agent(error),
             error => error,
         });
         match ended {
-            Err(Error::Ended { .. }) if self.mark.is_killed() => Ok(128 + libc::SIGKILL),
+            Err(Error::Ended { .. }) if self.termination.is_killed() => Ok(128 + libc::SIGKILL),
             ended => ended,
         }
     }
@@ -313,7 +325,9 @@ impl Container {
 
     fn kill_some(&self, all: bool) -> Result<(), Error> {
         let inner = &self.process.inner;
-        inner.ends.kill(&self.mark, &self.process.container, all)
+        inner
+            .terminator
+            .kill(&self.termination, &self.process.container, all)
     }
 
     /// Waits for the first process, collects its output, and removes the container. The output is kept in memory, however long
@@ -332,7 +346,7 @@ impl Container {
     /// # Errors
     /// If the container has ended, or the program can't be found.
     pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
-        let process = oci::process::like(&self.first, config, &self.accounts()?)?;
+        let process = oci::process::with_privileges_of(&self.first, config, &self.accounts()?)?;
         let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
         self.launch(&format!("exec-{number}"), &process, &config.stdio.into())
     }
@@ -355,7 +369,7 @@ impl Container {
 
     /// The user databases of its root and of volumes over it, as they are now.
     fn accounts(&self) -> Result<Accounts, Error> {
-        let has_image = self.given().image.is_some();
+        let has_image = self.attachments().image.is_some();
         let accounts = match has_image {
             true => self.process.inner.agent.accounts(&self.process.container)?,
             false => Accounts::read(&self.rootfs),
@@ -373,14 +387,14 @@ impl Container {
         let inner = &self.process.inner;
         let process = serde_json::to_vec(process)
             .map_err(Error::invalid_by("process", "it can't be written as JSON"))?;
-        let plan = Plan::new(inner, &options.streams)?;
+        let pending = PendingStreams::new(inner, &options.streams)?;
         let cgroup = options.cgroup.as_deref().unwrap_or_default();
         let id = &self.process.container;
         inner
             .agent
-            .exec(id, exec, process, plan.message(), cgroup)
+            .exec(id, exec, process, pending.message(), cgroup)
             .map_err(|e| inner.explain(e))?;
-        plan.finish(inner.clone(), id, exec)
+        pending.finish(inner.clone(), id, exec)
     }
 
     /// Freezes all of its processes.
@@ -407,14 +421,14 @@ impl Container {
         self.ask(|agent, id| agent.container_stats(id))
     }
 
-    /// Changes its limits to those in the `linux.resources` of an OCI configuration; absent ones stay as they are. Limits
+    /// Changes its limits to those in the `linux.resources` of an OCI configuration; absent limits keep their values. Limits
     /// that exist only on a host (CPU sets, host disks) are ignored.
     ///
     /// # Errors
     /// If the guest fails to.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
         let mut resources = resources.clone();
-        oci::only_the_guests(&mut resources);
+        oci::retain_guest_limits(&mut resources);
         let text = serde_json::to_vec(&resources).map_err(Error::invalid_by(
             "resources",
             "it can't be written as JSON",
@@ -464,13 +478,13 @@ impl Container {
         let inner = &self.process.inner;
         let id = &self.process.container;
         let removed = inner.remove_container(id);
-        self.mark.end();
-        std::mem::take(&mut *self.given()).take_back(inner, id);
+        self.termination.end();
+        std::mem::take(&mut *self.attachments()).release(inner, id);
         removed.map_err(|e| inner.explain(e))
     }
 
-    fn given(&self) -> MutexGuard<'_, Given> {
-        lock(&self.given)
+    fn attachments(&self) -> MutexGuard<'_, Attachments> {
+        lock(&self.attachments)
     }
 }
 

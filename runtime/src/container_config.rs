@@ -38,7 +38,7 @@ pub enum Direction {
 
 /// A descriptor of a process beyond the standard streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Further {
+pub enum ExtraFd {
     /// A stream to the calling process.
     Stream(Direction),
     /// A device of the guest (`/dev/null`), opened in that direction.
@@ -51,14 +51,14 @@ pub struct ProcessStreams {
     /// The standard ones.
     pub stdio: Stdio,
     /// Inherited descriptors, 3 and up.
-    pub further: Vec<Further>,
+    pub extra_fds: Vec<ExtraFd>,
 }
 
 impl From<Stdio> for ProcessStreams {
     fn from(stdio: Stdio) -> Self {
         Self {
             stdio,
-            further: Vec::new(),
+            extra_fds: Vec::new(),
         }
     }
 }

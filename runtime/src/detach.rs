@@ -11,7 +11,7 @@ const BUSY_LIMIT: Duration = Duration::from_secs(10);
 
 impl Inner {
     /// Makes the guest kernel release a disk, after unwritten data has been flushed.
-    pub(crate) fn have_let_go(&self, attached: &AttachedDisk) -> Result<(), Error> {
+    pub(crate) fn unplug_in_guest(&self, attached: &AttachedDisk) -> Result<(), Error> {
         let (agent, window) = (self.agent.clone(), attached.mmio_slot);
         let disks = std::slice::from_ref(&attached.disk);
         while_disks_work("detach the disk in the guest", disks, SILENCE, move || {
@@ -22,10 +22,10 @@ impl Inner {
     /// A guest that still uses the disk keeps it; one that neither responds nor accesses it loses it.
     pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
         let slot = disk.attached.slot;
-        match self.have_let_go(&disk.attached) {
-            Err(error @ Error::Overdue { .. }) => {
-                log::warn!("{}: {error}: it is taken away", disk.device.name);
-                Ok(self.handle.pull_disk(slot)?)
+        match self.unplug_in_guest(&disk.attached) {
+            Err(error @ Error::Timeout { .. }) => {
+                log::warn!("{}: {error}: detaching it by force", disk.device.name);
+                Ok(self.handle.force_detach_disk(slot)?)
             }
             released => {
                 released.map_err(|error| self.explain(error))?;
@@ -46,8 +46,8 @@ impl Inner {
                 return Err(error);
             }
             if Instant::now() > deadline {
-                log::warn!("{error}: it is taken away");
-                return Ok(self.handle.pull_disk(disk.attached.slot)?);
+                log::warn!("{error}: detaching it by force");
+                return Ok(self.handle.force_detach_disk(disk.attached.slot)?);
             }
             std::thread::sleep(LOOK);
         }

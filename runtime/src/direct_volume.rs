@@ -77,7 +77,7 @@ impl DirectVolume {
         Ok(Some((number.ok_or_else(wrong)?, trusts_root)))
     }
 
-    /// Records this volume for `path`, until [`forget`] or a reboot of the host.
+    /// Records this volume for `path`, until [`remove`] or a reboot of the host.
     ///
     /// # Errors
     /// The error from the host.
@@ -98,7 +98,7 @@ impl DirectVolume {
 ///
 /// # Errors
 /// If there is none.
-pub fn forget(path: &Path) -> Result<(), Error> {
+pub fn remove(path: &Path) -> Result<(), Error> {
     let what = || format!("forget the volume {}", path.display());
     let dir = entry(Path::new(DIRECTORY), path);
     let forgotten = fs::remove_file(dir.join(FILE)).and_then(|()| fs::remove_dir_all(dir));
@@ -106,7 +106,7 @@ pub fn forget(path: &Path) -> Result<(), Error> {
 }
 
 /// All recorded paths and volumes.
-pub fn all() -> Vec<(PathBuf, DirectVolume)> {
+pub fn list() -> Vec<(PathBuf, DirectVolume)> {
     let mut all = Vec::new();
     for entry in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
         let Ok(path) = URL_SAFE.decode(entry.file_name().as_bytes()) else {

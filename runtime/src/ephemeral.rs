@@ -54,7 +54,7 @@ pub(crate) fn is_in_memory(found: &StatFs) -> bool {
 
 /// The in-memory volume that contains a path of the host, if it is a Kubernetes volume; for the container's mount with this
 /// number.
-pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
+pub(crate) fn volume_for_source(source: &Path, number: u32) -> Option<EphemeralVolume> {
     if !is_in_memory(&rustix::fs::statfs(source).ok()?) {
         return None;
     }

@@ -32,7 +32,7 @@ pub enum Error {
     #[error(transparent)]
     Attach(#[from] AttachError),
     /// A size outside the limits of a sandbox.
-    #[error("{asked} {what} are outside what this sandbox can have: {min} to {max}")]
+    #[error("{asked} {what}: outside the range of this sandbox, {min} to {max}")]
     Size {
         /// CPUs or MiB of memory.
         what: &'static str,
@@ -51,14 +51,14 @@ pub enum Error {
         "the guest's agent did not connect within {waited:.1?}; the end of the guest's console:\n\
          {console}"
     )]
-    AgentSilent {
+    AgentTimeout {
         /// Time spent waiting.
         waited: Duration,
         /// End of the guest's console output.
         console: String,
     },
     /// The virtual machine ended by itself.
-    #[error("the virtual machine ended: {reason}; the guest's last words:\n{last_words}")]
+    #[error("the virtual machine ended: {reason}; last output of the guest:\n{last_words}")]
     Ended {
         /// The reason.
         reason: ExitReason,
@@ -93,13 +93,13 @@ pub enum Error {
     },
     /// The agent's connection has ended.
     #[error("cannot {operation}: the guest's agent has hung up")]
-    HungUp {
+    AgentDisconnected {
         /// The requested operation.
         operation: &'static str,
     },
     /// The agent did not reply in time.
     #[error("cannot {operation}: the guest's agent did not answer within {waited:.0?}")]
-    Overdue {
+    Timeout {
         /// The requested operation.
         operation: &'static str,
         /// Time spent waiting.
@@ -203,8 +203,8 @@ impl Error {
                 _ => ErrorKind::Host,
             },
             Self::Start(_) | Self::Host { .. } => ErrorKind::Host,
-            Self::Ended { .. } | Self::HungUp { .. } => ErrorKind::GuestEnded,
-            Self::AgentSilent { .. } | Self::Overdue { .. } => ErrorKind::TimedOut,
+            Self::Ended { .. } | Self::AgentDisconnected { .. } => ErrorKind::GuestEnded,
+            Self::AgentTimeout { .. } | Self::Timeout { .. } => ErrorKind::TimedOut,
             Self::NotExecutable { .. } => ErrorKind::NotExecutable,
             Self::NoProcess { .. } => ErrorKind::NoProcess,
             Self::Agent { kind, .. } => *kind,
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn every_error_has_its_kind() {
         let host = Error::host("open x")(io::ErrorKind::NotFound.into());
-        let overdue = Error::Overdue {
+        let overdue = Error::Timeout {
             operation: "x",
             waited: Duration::from_secs(1),
         };
@@ -267,7 +267,7 @@ mod tests {
             reason: ExitReason::Reset,
             last_words: String::new(),
         };
-        let silent = Error::AgentSilent {
+        let silent = Error::AgentTimeout {
             waited: Duration::from_secs(60),
             console: String::new(),
         };
@@ -289,7 +289,10 @@ mod tests {
             (overdue, ErrorKind::TimedOut),
             (silent, ErrorKind::TimedOut),
             (ended, ErrorKind::GuestEnded),
-            (Error::HungUp { operation: "x" }, ErrorKind::GuestEnded),
+            (
+                Error::AgentDisconnected { operation: "x" },
+                ErrorKind::GuestEnded,
+            ),
             (size, ErrorKind::InvalidConfiguration),
             (settings, ErrorKind::InvalidConfiguration),
             (Error::invalid("x", "y"), ErrorKind::InvalidConfiguration),

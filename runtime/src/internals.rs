@@ -71,7 +71,7 @@ pub fn ask_agent(stream: UnixStream, what: &[u8]) -> Vec<String> {
         };
         match answer {
             Ok(()) => {}
-            Err(Error::HungUp { .. }) => break,
+            Err(Error::AgentDisconnected { .. }) => break,
             Err(error) => refusals.push(error.to_string()),
         }
     }

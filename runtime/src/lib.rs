@@ -24,10 +24,10 @@
 mod account;
 mod agent;
 mod apparmor;
+mod attachments;
 pub mod block_volume;
 mod checks;
 mod clock;
-mod common;
 mod config;
 mod console;
 mod container;
@@ -35,23 +35,22 @@ mod container_config;
 mod detach;
 pub mod direct_volume;
 pub mod directories;
-mod ends;
+mod dns;
+mod egress_filter;
 mod ephemeral;
 mod error;
 pub mod files;
-mod given;
 mod host_view;
 #[doc(hidden)]
 pub mod internals;
 mod json;
 mod loopback;
 mod mount_points;
-mod names;
 mod network;
 mod oci;
-mod out_of_reach;
 mod patience;
-mod plan;
+mod pending_streams;
+mod ref_counted;
 mod sandbox;
 mod seccomp;
 pub mod settings;
@@ -59,6 +58,7 @@ mod size;
 mod stats;
 mod streams;
 mod sync;
+mod termination;
 #[cfg(test)]
 mod test_agent;
 pub mod timeline;
@@ -72,32 +72,32 @@ pub use checks::check_root;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{
-    ContainerConfig, Device, Direction, ExecOptions, Further, ProcessConfig, ProcessStreams,
+    ContainerConfig, Device, Direction, ExecOptions, ExtraFd, ProcessConfig, ProcessStreams,
     Rlimit, Stdio, Tmpfs, User, Volume,
 };
+pub use dns::DnsForwarder;
+pub use egress_filter::host_addresses;
 pub use error::{Error, ErrorKind};
 pub use host_view::HostView;
 pub use koya_image as image;
 pub use koya_protocol::{hook, is_id};
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
-pub use koya_vmm::host::process::{keep_cores_apart, prepare_process};
+pub use koya_vmm::host::process::{enable_core_scheduling, prepare_process};
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
-pub use names::NameServer;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
-pub use oci::from_config::search_and_options;
-pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPids, check_configuration};
+pub use oci::from_config::resolver_options;
+pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration};
 pub use oci_spec;
-pub use out_of_reach::host_addresses;
 pub use patience::DiskWrites;
 pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;
 pub use size::{Size, parse as parse_size};
 pub use stats::{ContainerStats, CpuStats, DeviceIo, HugePageUse};
-pub use timeline::{Keep, Step, Timeline};
-pub use unpacked::prepare_unpacked;
+pub use timeline::{Step, Timeline, TimelineFile};
+pub use unpacked::prepare_image_root;
 
 /// The README's snippets, compiled.
 #[cfg(doctest)]

@@ -5,7 +5,7 @@
 //! redirections (tc's `mirred`). All of it happens in the network namespace of the thread that starts the sandbox.
 
 use crate::Error;
-use crate::out_of_reach::{Verdict, decide, destinations};
+use crate::egress_filter::{Verdict, decide, destinations};
 use futures::{Future, StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use koya_protocol::messages;
@@ -27,7 +27,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::pin::Pin;
 
-mod called;
+mod host_access;
 mod routing;
 
 pub(crate) use routing::Routing;
@@ -78,10 +78,10 @@ pub struct NetworkConfig {
     /// Destinations that the guest's frames must not have, in addition to the host's loopback and the guest's own addresses:
     /// for [`HostEnd::Join`], whose other side may be a process that connects to any destination of a frame. See
     /// [`host_addresses`](crate::host_addresses). Default: none.
-    pub out_of_reach: Vec<IpNet>,
+    pub blocked_destinations: Vec<IpNet>,
     /// For [`HostEnd::Join`]: whether processes in the network namespace on the host can connect to the guest by its IPv4
     /// addresses. The source of their connections is a link-local address, to which the guest gets a route. Default: no.
-    pub is_called: bool,
+    pub host_access: bool,
 }
 
 /// A static neighbour of a guest.
@@ -128,13 +128,13 @@ impl NetworkConfig {
             addresses: Vec::new(),
             routes: Vec::new(),
             neighbours: Vec::new(),
-            out_of_reach: Vec::new(),
-            is_called: false,
+            blocked_destinations: Vec::new(),
+            host_access: false,
         }
     }
 
     /// The host interface that the guest takes over, if any.
-    fn joined(&self) -> Option<&str> {
+    fn takeover(&self) -> Option<&str> {
         match &self.host {
             HostEnd::Join { interface } => Some(interface),
             HostEnd::Tap { .. } => None,
@@ -157,9 +157,9 @@ impl NetworkConfig {
                 network.device.mtu = network.device.mtu.or(found.mtu);
                 network.addresses.extend(found.addresses);
                 network.neighbours.extend(found.neighbours);
-                if self.is_called {
-                    network.routes.push(called::route());
-                    network.neighbours.push(called::CALLER);
+                if self.host_access {
+                    network.routes.push(host_access::route());
+                    network.neighbours.push(host_access::CALLER);
                 }
             }
         }
@@ -209,16 +209,16 @@ struct Found {
 
 /// The interfaces of a network namespace that were taken over by guests; dropping this gives them back, for the next user of
 /// the namespace.
-pub(crate) struct Joined {
+pub(crate) struct Takeover {
     namespace: File,
     networks: Vec<NetworkConfig>,
 }
 
-impl Joined {
+impl Takeover {
     /// The interfaces of these networks, in the calling thread's network namespace; `None` if there are none.
     pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Option<Self>, Error> {
-        let joined = networks.iter().filter(|n| n.joined().is_some());
-        let networks: Vec<_> = joined.cloned().collect();
+        let takeover = networks.iter().filter(|n| n.takeover().is_some());
+        let networks: Vec<_> = takeover.cloned().collect();
         if networks.is_empty() {
             return Ok(None);
         }
@@ -230,18 +230,19 @@ impl Joined {
     }
 }
 
-impl Drop for Joined {
+impl Drop for Takeover {
     fn drop(&mut self) {
         let networks = std::mem::take(&mut self.networks);
         let given_back = in_namespace(Some(&self.namespace), |handle| {
             Box::pin(async move {
                 for network in networks {
-                    let name = network.joined().unwrap_or_default();
+                    let name = network.takeover().unwrap_or_default();
                     // It may no longer exist.
                     if let Ok(link) = link(&handle, name).await {
                         stop_redirection(&handle, link.header.index).await?;
-                        if network.is_called {
-                            called::give_back(&handle, &network, link.header.index).await?;
+                        if network.host_access {
+                            host_access::restore_routes(&handle, &network, link.header.index)
+                                .await?;
                         }
                     }
                 }
@@ -426,10 +427,11 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
             let there = link(&handle, interface).await?.header.index;
             let up = LinkUnspec::new_with_index(there).up().build();
             handle.link().set(up).execute().await.map_err(other)?;
-            let refused = destinations(&network.addresses, &network.out_of_reach);
+            let refused = destinations(&network.addresses, &network.blocked_destinations);
             decide(&handle, index, &refused, Verdict::Dropped).await?;
-            if network.is_called
-                && let Err(error) = called::set_up(&handle, &network, there, (&tap, index)).await
+            if network.host_access
+                && let Err(error) =
+                    host_access::set_up(&handle, &network, there, (&tap, index)).await
             {
                 log::warn!("processes on the host can't reach the guest's {interface}: {error}");
             }

@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// written to or the host is processing a request, which may be slow, and beyond that for `silence`.
 ///
 /// # Errors
-/// The error from `call`, or [`Error::Overdue`]; the call continues in the background, until its own limit.
+/// The error from `call`, or [`Error::Timeout`]; the call continues in the background, until its own limit.
 pub(crate) fn while_disks_work<T: Send + 'static>(
     operation: &'static str,
     disks: &[BlockHandle],
@@ -46,7 +46,7 @@ pub(crate) fn while_disks_work<T: Send + 'static>(
         if work.goes_on() {
             last = Instant::now();
         } else if last.elapsed() >= silence {
-            return Err(Error::Overdue {
+            return Err(Error::Timeout {
                 operation,
                 waited: last.elapsed(),
             });
@@ -60,14 +60,14 @@ pub struct DiskWrites {
     /// Number of completed requests that write: writes, flushes and discards.
     pub done: u64,
     /// Whether the host is processing a request.
-    pub is_host_at_work: bool,
+    pub in_flight: bool,
 }
 
 impl DiskWrites {
     pub(crate) fn of(disks: &[BlockHandle]) -> Self {
         Self {
             done: written(disks),
-            is_host_at_work: is_host_at_work(disks),
+            in_flight: in_flight(disks),
         }
     }
 }
@@ -87,7 +87,7 @@ impl DiskWork {
     /// Whether there was a write since the last call, or the host is processing a request.
     pub(crate) fn goes_on(&mut self) -> bool {
         let before = std::mem::replace(&mut self.written, written(&self.disks));
-        self.written != before || is_host_at_work(&self.disks)
+        self.written != before || in_flight(&self.disks)
     }
 }
 
@@ -103,7 +103,7 @@ fn written(disks: &[BlockHandle]) -> u64 {
     disks.iter().map(of).sum()
 }
 
-fn is_host_at_work(disks: &[BlockHandle]) -> bool {
+fn in_flight(disks: &[BlockHandle]) -> bool {
     let in_flight = |disk: &BlockHandle| disk.metrics().in_flight.load(Ordering::Relaxed);
     disks.iter().any(|disk| in_flight(disk) > 0)
 }
@@ -127,7 +127,7 @@ mod tests {
             held.recv().ok();
             Ok(())
         });
-        assert!(matches!(ended, Err(Error::Overdue { .. })), "{ended:?}");
+        assert!(matches!(ended, Err(Error::Timeout { .. })), "{ended:?}");
         drop(hold);
 
         let busy = disk.clone();

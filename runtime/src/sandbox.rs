@@ -4,18 +4,18 @@ use crate::Error;
 use crate::agent::{Agent, Connection};
 use crate::apparmor::confined;
 use crate::clock::Clock;
-use crate::common::{Common, Used};
 use crate::config::SandboxConfig;
 use crate::console::Console;
 use crate::container::Container;
 use crate::container_config::{ContainerConfig, Device};
-use crate::ends::{Ends, Patience};
 use crate::error::LAST_WORDS;
-use crate::network::{Joined, NetworkConfig, Routing};
+use crate::network::{NetworkConfig, Routing, Takeover};
 use crate::patience::{DiskWork, DiskWrites, SILENCE, WRITE_OUT_LIMIT, while_disks_work};
+use crate::ref_counted::{Ref, RefCountedMap};
 use crate::size::Limits;
 use crate::streams::Streams;
 use crate::sync::{lock, wait};
+use crate::termination::{Terminator, Timeouts};
 use crate::timeline::{Lane, Recorder, Timeline};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
@@ -92,16 +92,16 @@ pub(crate) struct Inner {
     pub(crate) streams: Streams,
     pub(crate) console: Console,
     pub(crate) handle: VmHandle,
-    /// Ends of containers.
-    pub(crate) ends: Arc<Ends>,
+    /// Ends killed containers.
+    pub(crate) terminator: Arc<Terminator>,
     cpus: Mutex<()>,
     // Ends the agent's connection when the sandbox is dropped.
     _connection: Connection,
     /// Given back when the sandbox stops.
-    joined: Mutex<Option<Joined>>,
+    takeover: Mutex<Option<Takeover>>,
     pub(crate) timeline: Arc<Recorder>,
     /// Disks shared by containers, by path and mode.
-    disks: Common<(PathBuf, bool), Disk>,
+    disks: RefCountedMap<(PathBuf, bool), Disk>,
     end: Arc<End>,
 }
 
@@ -144,7 +144,7 @@ impl End {
 /// A virtual machine in this process, with the agent as its init. Dropping it stops it.
 pub struct Sandbox {
     pub(crate) inner: Arc<Inner>,
-    ready_after: Duration,
+    boot_duration: Duration,
     limits: Limits,
     clock: Option<Clock>,
 }
@@ -204,9 +204,9 @@ impl Sandbox {
             .console(console.clone())
             .confined(config.confined);
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
-        timeline.machine_runs(vm.handle().boot_events());
+        timeline.set_boot_events(vm.handle().boot_events());
         let running = timeline.next(Lane::Kernel, "kernel");
-        let joined = Joined::of(&networks)?;
+        let takeover = Takeover::of(&networks)?;
         for (network, device) in networks.iter().zip(vm.handle().networks()) {
             network.connect(device.tap_name())?;
         }
@@ -216,13 +216,13 @@ impl Sandbox {
         drop(control);
         let (agent, connection) =
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
-        tell(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
+        spawn_event_forwarder(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
         let handle = vm.handle();
         let disks = {
             let handle = handle.clone();
             move || all_disks(&handle)
         };
-        let ends = Ends::new(agent.clone(), Patience::default(), disks, move |why| {
+        let terminator = Terminator::new(agent.clone(), Timeouts::default(), disks, move |why| {
             if handle.ended().is_none() {
                 log::error!("the virtual machine is ended: {why}");
                 handle.stop();
@@ -231,7 +231,7 @@ impl Sandbox {
         let mut sandbox = Self {
             inner: Arc::new(Inner {
                 agent,
-                ends,
+                terminator,
                 cpus: Mutex::default(),
                 shares,
                 files,
@@ -239,12 +239,12 @@ impl Sandbox {
                 console,
                 handle: vm.handle(),
                 _connection: connection,
-                joined: Mutex::new(joined),
+                takeover: Mutex::new(takeover),
                 timeline,
-                disks: Common::default(),
+                disks: RefCountedMap::default(),
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
             }),
-            ready_after: connected.saturating_sub(called),
+            boot_duration: connected.saturating_sub(called),
             limits: Limits::of(config, ram_mib),
             clock: None,
         };
@@ -252,7 +252,7 @@ impl Sandbox {
         let clock = Clock::follow(sandbox.inner.agent.clone());
         sandbox.clock = Some(clock.map_err(Error::host("follow the clock"))?);
         let timeline = &sandbox.inner.timeline;
-        timeline.agent_told(running, connected, &told);
+        timeline.record_agent_times(running, connected, &told);
         sandbox.set_up_networks(&networks, &routing)?;
         // The kernel has set them at boot, for defaults of interfaces; what belongs to an interface exists only now.
         let sysctls = config.asked_sysctls();
@@ -260,7 +260,7 @@ impl Sandbox {
             sandbox.inner.agent.set_sysctls(&sysctls)?;
         }
         timeline.finish();
-        log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
+        log::info!("the agent was ready after {:.2?}", sandbox.boot_duration);
         Ok(sandbox)
     }
 
@@ -275,8 +275,8 @@ impl Sandbox {
     }
 
     /// Time from the call of [`start`](Self::start) to the agent's connection.
-    pub fn ready_after(&self) -> Duration {
-        self.ready_after
+    pub fn boot_duration(&self) -> Duration {
+        self.boot_duration
     }
 
     /// Timeline of its start, and of the starts of its first containers.
@@ -315,7 +315,7 @@ impl Sandbox {
     pub fn stats(&self) -> Result<SandboxStats, Error> {
         let details = self.inner.agent.details()?;
         Ok(SandboxStats {
-            kernel_release: guest_text::line(details.kernel_release),
+            kernel_release: guest_text::sanitize_line(details.kernel_release),
             uptime: Duration::from_nanos(details.uptime_ns),
             memory_total: details.mem_total_bytes,
             memory_available: details.mem_available_bytes,
@@ -451,7 +451,7 @@ impl Drop for Sandbox {
 impl Inner {
     fn stop(&self) -> ExitReason {
         self.timeline.keep();
-        drop(self.joined.lock().map(|mut joined| joined.take()));
+        drop(self.takeover.lock().map(|mut takeover| takeover.take()));
         if self.handle.ended().is_none() && self.agent.destroy().is_ok() {
             let mut work = DiskWork::new(all_disks(&self.handle));
             let began = Instant::now();
@@ -479,7 +479,7 @@ impl Inner {
             }),
             Err(error) => {
                 // A slot that the guest may still use stays taken until the end.
-                if self.have_let_go(&attached).is_ok() {
+                if self.unplug_in_guest(&attached).is_ok() {
                     self.handle.detach_disk(attached.slot).ok();
                 }
                 Err(self.explain(error))
@@ -488,14 +488,14 @@ impl Inner {
     }
 
     /// As [`attach_disk`](Self::attach_disk), but reuses a disk that is already attached.
-    pub(crate) fn share_disk(&self, config: &DiskConfig) -> Result<Used<Disk>, Error> {
+    pub(crate) fn share_disk(&self, config: &DiskConfig) -> Result<Ref<Disk>, Error> {
         let key = (config.path.clone(), config.read_only);
         self.disks.take(key, || self.attach_disk(config))
     }
 
     /// Drops a reference to a disk, and detaches it with the last one.
-    pub(crate) fn release_disk(&self, disk: Used<Disk>) -> Result<(), Error> {
-        disk.give_back(|disk| self.force_detach_disk(disk))
+    pub(crate) fn release_disk(&self, disk: Ref<Disk>) -> Result<(), Error> {
+        disk.release(|disk| self.force_detach_disk(disk))
     }
 
     /// Removes a container. A guest that fails to do so is ended: processes of the container might still be running in it.
@@ -505,8 +505,8 @@ impl Inner {
         let removed = while_disks_work("remove the container", &disks, SILENCE, move || {
             agent.remove(&asked)
         });
-        if let Err(error @ Error::Overdue { .. }) = &removed {
-            self.ends
+        if let Err(error @ Error::Timeout { .. }) = &removed {
+            self.terminator
                 .give_up(&format!("container {id} is not removed: {error}"));
         }
         removed
@@ -519,7 +519,7 @@ impl Inner {
         while self.handle.ended().is_none() && started.elapsed() < PANIC_LIMIT {
             std::thread::sleep(Duration::from_millis(10));
         }
-        self.ends.give_up("its agent has hung up");
+        self.terminator.give_up("its agent has hung up");
         self.explain(error)
     }
 
@@ -540,7 +540,7 @@ fn all_disks(machine: &VmHandle) -> Vec<BlockHandle> {
 }
 
 /// Reports changes on the host to files that the guest watches, until the machine is torn down.
-fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
+fn spawn_event_forwarder(host_events: HostEvents, agent: Agent) -> io::Result<()> {
     let told = move || {
         let missed = Warnings::new();
         loop {
@@ -554,7 +554,7 @@ fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
                 }
                 Ok(None) => return,
                 Err(error) => {
-                    log::warn!("the guest is told of no more changes on the host: {error}");
+                    log::warn!("changes on the host are no longer reported to the guest: {error}");
                     return;
                 }
             }
@@ -580,7 +580,7 @@ fn wait_for_agent(
             return Err(Error::ended(vm.wait(), console));
         }
         if started.elapsed() > AGENT_LIMIT {
-            return Err(Error::AgentSilent {
+            return Err(Error::AgentTimeout {
                 waited: started.elapsed(),
                 console: console.tail(LAST_WORDS),
             });

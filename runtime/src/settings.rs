@@ -4,7 +4,7 @@
 
 use crate::block_volume::{self, BlockVolume};
 use crate::files::{FULL_KERNEL, Files};
-use crate::{Cache, Error, SandboxConfig, Size, keep_cores_apart};
+use crate::{Cache, Error, SandboxConfig, Size, enable_core_scheduling};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs;
@@ -160,7 +160,7 @@ impl Settings {
     ///
     /// # Errors
     /// The annotation that is not allowed or has an invalid value.
-    pub fn annotated<'a>(
+    pub fn with_annotations<'a>(
         self,
         annotations: impl IntoIterator<Item = (&'a String, &'a String)>,
     ) -> Result<Self, Error> {
@@ -276,7 +276,7 @@ impl Settings {
     /// If the host has no core scheduling.
     pub fn prepare_process(&self) -> Result<(), Error> {
         match self.core_scheduling {
-            true => keep_cores_apart().map_err(|error| wrong("core_scheduling", error)),
+            true => enable_core_scheduling().map_err(|error| wrong("core_scheduling", error)),
             false => Ok(()),
         }
     }
@@ -362,11 +362,11 @@ mod tests {
         let refused = Settings::default();
         let error = refused.block_volumes(Some(&asked)).unwrap_err().to_string();
         assert!(error.contains("\"block_volumes\" is not among"), "{error}");
-        assert!(refused.clone().annotated(&asked).is_err());
+        assert!(refused.clone().with_annotations(&asked).is_err());
         let allowed = parse(&[("a", "annotations = ['block_volumes']")]).unwrap();
         let volumes = allowed.block_volumes(Some(&asked)).unwrap();
         assert_eq!((volumes.len(), volumes[0].size), (2, 1 << 30));
-        assert_eq!(allowed.clone().annotated(&asked).unwrap(), allowed);
+        assert_eq!(allowed.clone().with_annotations(&asked).unwrap(), allowed);
         assert_eq!(allowed.block_volumes(None).unwrap(), []);
     }
 
@@ -401,7 +401,7 @@ mod tests {
             let annotations = HashMap::from(annotations);
             settings
                 .clone()
-                .annotated(&annotations)
+                .with_annotations(&annotations)
                 .map_err(|e| e.to_string())
         };
         assert_eq!(with("io.koya.memory_mib", "700").unwrap().memory_mib, 700);
@@ -423,10 +423,10 @@ mod tests {
         assert!(!sandbox(parse(&[("a", "")]).unwrap()).containers_vsock);
         assert!(sandbox(parse(&[("a", "vsock = true")]).unwrap()).containers_vsock);
         let annotations = HashMap::from([("io.koya.vsock".to_owned(), "true".to_owned())]);
-        let refused = parse(&[("a", "")]).unwrap().annotated(&annotations);
+        let refused = parse(&[("a", "")]).unwrap().with_annotations(&annotations);
         assert!(refused.unwrap_err().to_string().contains("vsock"));
         let allowed = parse(&[("a", "annotations = [\"vsock\"]")]).unwrap();
-        assert!(sandbox(allowed.annotated(&annotations).unwrap()).containers_vsock);
+        assert!(sandbox(allowed.with_annotations(&annotations).unwrap()).containers_vsock);
     }
 
     #[test]

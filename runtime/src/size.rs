@@ -132,9 +132,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`Error::Size`] outside the configured limits; nothing is changed then. The agent's error for CPUs.
-    pub fn update(&self, wish: Size) -> Result<Size, Error> {
+    pub fn update(&self, requested: Size) -> Result<Size, Error> {
         let limits = self.limits();
-        if let Some(cpus) = wish.cpus
+        if let Some(cpus) = requested.cpus
             && !(1..=limits.cpus_max).contains(&cpus)
         {
             return Err(Error::Size {
@@ -145,7 +145,7 @@ impl Sandbox {
             });
         }
         let machine = self.machine();
-        if let Some(mib) = wish.memory_mib {
+        if let Some(mib) = requested.memory_mib {
             let least = match machine.balloon() {
                 Some(_) => koya_vmm::MIN_MEMORY_MIB.min(limits.memory_mib),
                 None => limits.memory_mib,
@@ -159,10 +159,10 @@ impl Sandbox {
                 });
             }
         }
-        if let Some(mib) = wish.memory_mib {
+        if let Some(mib) = requested.memory_mib {
             set_memory(machine, limits.memory_mib, mib);
         }
-        if let Some(cpus) = wish.cpus {
+        if let Some(cpus) = requested.cpus {
             // One at a time: concurrent changes could hold a CPU that the other lets run.
             let _turning = self.turn_cpus();
             let change = Change {
@@ -174,7 +174,7 @@ impl Sandbox {
             let refuses = |error: &Error| matches!(error, Error::Agent { .. });
             change.turn(|count| machine.set_online_cpus(count), ask, refuses)?;
         }
-        if wish.memory_mib.is_some() {
+        if requested.memory_mib.is_some() {
             settle(machine);
             if let Some(mem) = machine.mem() {
                 // Memory that the guest touched after giving it up.
@@ -301,7 +301,7 @@ fn settle(machine: &VmHandle) {
     };
     let distance = || -> u64 {
         let pairs = look().into_iter().flatten();
-        pairs.map(|(is, wish)| is.abs_diff(wish)).sum()
+        pairs.map(|(is, requested)| is.abs_diff(requested)).sum()
     };
     // Only a new minimum counts as progress: a guest must not be able to prolong the wait by its reports.
     let (mut least, mut nearer) = (distance(), Instant::now());

@@ -61,12 +61,18 @@ mod tests {
     fn an_agent_that_sends_no_more_has_hung_up_for_all_who_come_later() {
         // It still accepts requests.
         let half = agent(|_| Word::HalfClose);
-        assert!(matches!(half.has_ended("a"), Err(Error::HungUp { .. })));
+        assert!(matches!(
+            half.has_ended("a"),
+            Err(Error::AgentDisconnected { .. })
+        ));
         let (sender, answer) = std::sync::mpsc::channel();
         let later = half.clone();
         std::thread::spawn(move || sender.send(later.wait("a", "e")));
         let answer = answer.recv_timeout(Duration::from_secs(20)).unwrap();
-        assert!(matches!(answer, Err(Error::HungUp { .. })), "{answer:?}");
+        assert!(
+            matches!(answer, Err(Error::AgentDisconnected { .. })),
+            "{answer:?}"
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@ const OWN: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 ///
 /// # Errors
 /// The error from the host.
-pub fn prepare_unpacked(root: &Path) -> io::Result<()> {
+pub fn prepare_image_root(root: &Path) -> io::Result<()> {
     let root = Rootfs::open(root)?;
     for path in OWN {
         let found = match root.find(Path::new(path)) {
@@ -55,15 +55,15 @@ mod tests {
         let outside = tempfile::NamedTempFile::new().unwrap();
         fs::write(outside.path(), "the host's").unwrap();
         let etc = dir.path().join("etc");
-        prepare_unpacked(dir.path()).unwrap();
+        prepare_image_root(dir.path()).unwrap();
         assert!(!etc.exists(), "nothing is created in an image without /etc");
         fs::create_dir(&etc).unwrap();
         fs::write(etc.join("hosts"), "127.0.0.1 builder\n").unwrap();
         fs::write(etc.join("passwd"), "root").unwrap();
         fs::hard_link(etc.join("passwd"), etc.join("hostname")).unwrap();
         symlink(outside.path(), etc.join("resolv.conf")).unwrap();
-        prepare_unpacked(dir.path()).unwrap();
-        prepare_unpacked(dir.path()).unwrap();
+        prepare_image_root(dir.path()).unwrap();
+        prepare_image_root(dir.path()).unwrap();
         assert_eq!(fs::read_to_string(etc.join("hosts")).unwrap(), "");
         assert_eq!(fs::read_to_string(etc.join("passwd")).unwrap(), "root");
         assert_eq!(fs::read_to_string(outside.path()).unwrap(), "the host's");

@@ -16,7 +16,7 @@ pub const MAX_LINE: usize = 4 << 10;
 pub const MAX_LINES: usize = 16 << 10;
 
 /// Sanitizes a single line: line breaks become spaces, and the end is cut off beyond [`MAX_LINE`].
-pub fn line(text: impl AsRef<[u8]>) -> String {
+pub fn sanitize_line(text: impl AsRef<[u8]>) -> String {
     let bytes = text.as_ref();
     let cut = &bytes[..bytes.len().min(MAX_LINE)];
     let mut line = clean(&String::from_utf8_lossy(cut), ' ');
@@ -25,7 +25,7 @@ pub fn line(text: impl AsRef<[u8]>) -> String {
 }
 
 /// Sanitizes several lines and keeps the last ones.
-pub fn lines(text: impl AsRef<[u8]>) -> String {
+pub fn sanitize_lines(text: impl AsRef<[u8]>) -> String {
     let bytes = text.as_ref();
     let cut = &bytes[bytes.len().saturating_sub(MAX_LINES)..];
     let mut lines = clean(&String::from_utf8_lossy(cut), '\n');
@@ -39,7 +39,7 @@ pub fn lines(text: impl AsRef<[u8]>) -> String {
 }
 
 /// Sanitizes all lines of a text whose length is already bounded.
-pub fn whole(text: impl AsRef<[u8]>) -> String {
+pub fn sanitize(text: impl AsRef<[u8]>) -> String {
     clean(&String::from_utf8_lossy(text.as_ref()), '\n')
 }
 
@@ -130,23 +130,26 @@ mod tests {
             (b"bad \xff\xfe", "bad \u{fffd}\u{fffd}"),
         ];
         for (text, expected) in cases {
-            assert_eq!(line(text), *expected, "{text:?}");
+            assert_eq!(sanitize_line(text), *expected, "{text:?}");
         }
-        assert_eq!(lines(b"a\r\n\x1b]endless\nb\tc\x1b[1m"), "a\n\nb\tc");
+        assert_eq!(
+            sanitize_lines(b"a\r\n\x1b]endless\nb\tc\x1b[1m"),
+            "a\n\nb\tc"
+        );
     }
 
     #[test]
     fn length_is_bounded_whatever_it_is_made_of() {
         for piece in ["x", "\u{20ac}", "\x1b["] {
             let text = piece.repeat(1 << 20);
-            assert!(line(&text).len() <= MAX_LINE);
-            assert!(lines(&text).len() <= MAX_LINES);
+            assert!(sanitize_line(&text).len() <= MAX_LINE);
+            assert!(sanitize_lines(&text).len() <= MAX_LINES);
         }
         let broken = vec![0xff; 1 << 20];
-        assert!(line(&broken).len() <= MAX_LINE);
-        assert!(lines(&broken).len() <= MAX_LINES);
+        assert!(sanitize_line(&broken).len() <= MAX_LINE);
+        assert!(sanitize_lines(&broken).len() <= MAX_LINES);
         let mut long = "x".repeat(MAX_LINES);
         long.push_str("\nthe end");
-        assert!(lines(&long).ends_with("x\nthe end"));
+        assert!(sanitize_lines(&long).ends_with("x\nthe end"));
     }
 }

@@ -189,16 +189,16 @@ mod tests {
         let first = machine.attach_disk(&config).unwrap();
         // The image is locked for one writer.
         assert!(machine.attach_disk(&config).is_err());
-        machine.pull_disk(first.slot).unwrap();
+        machine.force_detach_disk(first.slot).unwrap();
         assert!(machine.attached_disks().is_empty());
-        assert!(machine.pull_disk(first.slot).is_err());
+        assert!(machine.force_detach_disk(first.slot).is_err());
         let second = machine.attach_disk(&config).unwrap();
         assert_ne!(second.slot, first.slot);
         // After a detach that the guest agreed to, the slot can be used again.
         machine.detach_disk(second.slot).unwrap();
         let third = machine.attach_disk(&config).unwrap();
         assert_eq!(third.slot, second.slot);
-        machine.pull_disk(third.slot).unwrap();
+        machine.force_detach_disk(third.slot).unwrap();
         assert!(matches!(
             machine.attach_disk(&config),
             Err(AttachError::NoSlot(2))

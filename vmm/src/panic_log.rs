@@ -60,7 +60,7 @@ fn parse(record: &[u8]) -> Option<String> {
     }
     let data = &record[HEADER..];
     let len = (word(8)? as usize).min(data.len());
-    let text = guest_text::whole(&data[..len]);
+    let text = guest_text::sanitize(&data[..len]);
     (!text.trim().is_empty()).then_some(text)
 }
 
@@ -71,8 +71,8 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
             .lines()
             .find_map(|l| Some(l.split_once(PANIC_PREFIX)?.1))?;
         Some(ExitReason::Panic {
-            message: guest_text::line(message.trim()),
-            log: guest_text::lines(panic_excerpt(log)),
+            message: guest_text::sanitize_line(message.trim()),
+            log: guest_text::sanitize_lines(panic_excerpt(log)),
         })
     });
     match (panic, reason) {
@@ -82,7 +82,7 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
             details,
             log: logs
                 .last()
-                .map(|log| guest_text::lines(panic_excerpt(log)))
+                .map(|log| guest_text::sanitize_lines(panic_excerpt(log)))
                 .unwrap_or_default(),
         },
         (None, reason) => reason,

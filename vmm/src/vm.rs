@@ -202,7 +202,7 @@ impl VmHandle {
     }
 
     /// Waits until it ends, without tearing it down.
-    pub fn wait_ended(&self) -> ExitReason {
+    pub fn wait_exit(&self) -> ExitReason {
         self.control.wait()
     }
 
@@ -257,7 +257,7 @@ impl VmHandle {
     ///
     /// # Errors
     /// If the slot is empty.
-    pub fn pull_disk(&self, slot: usize) -> Result<(), AttachError> {
+    pub fn force_detach_disk(&self, slot: usize) -> Result<(), AttachError> {
         let hotplug = self.handles.hotplug.as_ref();
         hotplug
             .ok_or(AttachError::NoDisk(slot))?

@@ -83,7 +83,7 @@ fn a_machine_that_ends_while_a_device_starts_is_taken_down_after_it() {
     let handle = vm.handle();
     handle.stop();
     let waits = std::thread::spawn(move || vm.wait());
-    assert_eq!(handle.wait_ended(), ExitReason::Stopped);
+    assert_eq!(handle.wait_exit(), ExitReason::Stopped);
     word.send(()).unwrap();
     assert_eq!(waits.join().unwrap(), ExitReason::Stopped);
     // It was stopped after it had started, and no references to it remain.

@@ -18,7 +18,7 @@ mod refusal;
 
 pub use generated::agent as messages;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
-pub use refusal::{Refused, refused};
+pub use refusal::{ErrorReason, refused};
 
 /// The host's port for the control connection.
 pub const CONTROL_PORT: u32 = 1024;

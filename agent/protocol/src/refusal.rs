@@ -13,7 +13,7 @@ const NAME: &str = "koya.Refusal";
 
 /// A reason that the host acts on, with a human-readable message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Refused {
+pub enum ErrorReason {
     /// The process has ended, or never existed.
     NoProcess(String),
     /// The container's program can't be found or executed.
@@ -35,15 +35,15 @@ pub enum Refused {
     Unsupported(String),
 }
 
-impl fmt::Display for Refused {
+impl fmt::Display for ErrorReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.reason())
     }
 }
 
-impl std::error::Error for Refused {}
+impl std::error::Error for ErrorReason {}
 
-impl Refused {
+impl ErrorReason {
     fn reason(&self) -> &str {
         match self {
             Self::NotExecutable { reason, .. }
@@ -90,21 +90,21 @@ impl Refused {
 }
 
 /// The reason in a status, if it has a known one.
-pub fn refused(status: &Status) -> Option<Refused> {
+pub fn refused(status: &Status) -> Option<ErrorReason> {
     let detail = status.details.iter().find(|any| any.type_url == NAME)?;
     let refusal = Refusal::parse_from_bytes(&detail.value).ok()?;
     let reason = refusal.reason;
     Some(match refusal.kind.enum_value().ok()? {
-        Kind::NO_PROCESS => Refused::NoProcess(reason),
-        Kind::NOT_EXECUTABLE => Refused::NotExecutable {
+        Kind::NO_PROCESS => ErrorReason::NoProcess(reason),
+        Kind::NOT_EXECUTABLE => ErrorReason::NotExecutable {
             exit_status: refusal.exit_status,
             reason,
         },
-        Kind::NOT_FOUND => Refused::NotFound(reason),
-        Kind::ALREADY_EXISTS => Refused::AlreadyExists(reason),
-        Kind::INVALID => Refused::Invalid(reason),
-        Kind::IN_USE => Refused::InUse(reason),
-        Kind::UNSUPPORTED => Refused::Unsupported(reason),
+        Kind::NOT_FOUND => ErrorReason::NotFound(reason),
+        Kind::ALREADY_EXISTS => ErrorReason::AlreadyExists(reason),
+        Kind::INVALID => ErrorReason::Invalid(reason),
+        Kind::IN_USE => ErrorReason::InUse(reason),
+        Kind::UNSUPPORTED => ErrorReason::Unsupported(reason),
         Kind::OTHER => return None,
     })
 }
@@ -116,23 +116,23 @@ mod tests {
     #[test]
     fn kinds_survive_the_way_whatever_the_text_says() {
         let kinds = [
-            Refused::NoProcess("it has ended".into()),
-            Refused::NotExecutable {
+            ErrorReason::NoProcess("it has ended".into()),
+            ErrorReason::NotExecutable {
                 exit_status: 127,
                 reason: "nope: not found".into(),
             },
-            Refused::NotFound("c".into()),
-            Refused::AlreadyExists("c".into()),
-            Refused::Invalid("x".into()),
-            Refused::InUse("vda".into()),
-            Refused::Unsupported("y".into()),
+            ErrorReason::NotFound("c".into()),
+            ErrorReason::AlreadyExists("c".into()),
+            ErrorReason::Invalid("x".into()),
+            ErrorReason::InUse("vda".into()),
+            ErrorReason::Unsupported("y".into()),
         ];
         for kind in kinds {
             assert_eq!(refused(&kind.status("any text")), Some(kind));
         }
         let text = "process not found: cannot execute 127: sh: not found;";
         assert_eq!(refused(&ttrpc::get_status(Code::UNKNOWN, text)), None);
-        let mut broken = Refused::NoProcess(String::new()).status("");
+        let mut broken = ErrorReason::NoProcess(String::new()).status("");
         broken.details[0].value = vec![0xff; 3];
         assert_eq!(refused(&broken), None);
     }

@@ -29,7 +29,7 @@ const RACES: usize = 64;
 const MEMORY_MODE: u32 = 0o1777;
 
 /// Whether the options of a tmpfs set its mode.
-pub fn says_mode(options: &[String]) -> bool {
+pub fn has_mode_option(options: &[String]) -> bool {
     let mut all = options.iter().flat_map(|option| option.split(','));
     all.any(|option| option.starts_with("mode="))
 }
@@ -405,7 +405,7 @@ mod tests {
         assert_eq!(memory_mode(None).as_deref(), Ok("mode=1777"));
         let file = root.find(Path::new("/file")).unwrap();
         assert_eq!(memory_mode(Some(&file)), Err(Errno::NOTDIR));
-        let says = |options: &str| says_mode(&[options.to_owned()]);
+        let says = |options: &str| has_mode_option(&[options.to_owned()]);
         assert!(says("size=1k,mode=700") && !says("ro"));
     }
 

@@ -10,7 +10,7 @@
 //! nanosecond of CPU time.
 
 use koya::{ContainerConfig, DiskConfig, HostEnd, NetworkConfig, Sandbox, SandboxConfig};
-use koya_benches::held::{self, Group, Held};
+use koya_benches::process_memory::{self, Group, ProcessMemory};
 use koya_benches::{print_marked, print_table, row, tiny};
 use serde_json::Value;
 use std::error::Error;
@@ -140,8 +140,8 @@ impl Running {
         self.expect("0")
     }
 
-    fn held(&self) -> Result<Held> {
-        Ok(held::of(self.process.id(), MEMORY_MIB << 10)?)
+    fn held(&self) -> Result<ProcessMemory> {
+        Ok(process_memory::of(self.process.id(), MEMORY_MIB << 10)?)
     }
 
     /// Kernel memory of the process, in KiB, if the host provides it.
@@ -225,7 +225,7 @@ fn monitor(directory: &Path, dir: &Path, rows: &mut Vec<Value>) -> Result<()> {
     let mut process = Command::new(directory.join("boot")).arg(&guest).spawn()?;
     let group = Group::with(process.id()).ok();
     std::thread::sleep(REST);
-    let held = held::of(process.id(), MEMORY_MIB << 10);
+    let held = process_memory::of(process.id(), MEMORY_MIB << 10);
     let kernel = group.as_ref().and_then(|group| group.kernel().ok());
     process.kill()?;
     process.wait()?;
@@ -239,7 +239,13 @@ fn monitor(directory: &Path, dir: &Path, rows: &mut Vec<Value>) -> Result<()> {
     Ok(())
 }
 
-fn add(rows: &mut Vec<Value>, name: &str, held: &Held, goal: Option<f64>, kernel: Option<u64>) {
+fn add(
+    rows: &mut Vec<Value>,
+    name: &str,
+    held: &ProcessMemory,
+    goal: Option<f64>,
+    kernel: Option<u64>,
+) {
     let mut figure = |what: &str, kib: u64, goal: Option<f64>| {
         let goal = goal.map(|goal| ("goal".to_owned(), goal));
         rows.push(row(

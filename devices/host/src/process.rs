@@ -26,7 +26,7 @@ pub fn prepare_process() {
 ///
 /// # Errors
 /// If the kernel has no core scheduling.
-pub fn keep_cores_apart() -> io::Result<()> {
+pub fn enable_core_scheduling() -> io::Result<()> {
     create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ThreadGroup).or_else(|error| {
         match error {
             Errno::NODEV => Ok(()),
@@ -82,7 +82,7 @@ mod tests {
             let scope = CoreSchedulingScope::Thread;
             rustix::thread::core_scheduling_cookie(getpid(), scope)
         };
-        match (keep_cores_apart(), cookie()) {
+        match (enable_core_scheduling(), cookie()) {
             (Ok(()), Ok(cookie)) => assert_ne!(cookie, 0),
             (Ok(()), Err(Errno::NODEV)) => {}
             (Err(error), Err(Errno::INVAL)) => {

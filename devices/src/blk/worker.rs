@@ -25,7 +25,7 @@ enum WorkerError {
     Queue(#[from] QueueError),
     #[error(transparent)]
     Chain(#[from] ChainError),
-    #[error("the host does not let a disk's thread wait")]
+    #[error("a virtio-blk thread cannot wait for events")]
     Host(#[from] io::Error),
 }
 

@@ -27,7 +27,7 @@ const LINK_HEADER: usize = 18;
 enum QueuePairError {
     #[error(transparent)]
     Queue(#[from] QueueError),
-    #[error("the host does not let a network's thread wait")]
+    #[error("a virtio-net thread cannot wait for events")]
     Host(#[from] io::Error),
 }
 

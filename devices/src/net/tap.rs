@@ -22,11 +22,11 @@ pub struct Tap {
     used: AtomicUsize,
     /// What the kernel was last told: offloads, and the number of queues. Both take a lock of all networks of the host, so
     /// nothing is told twice.
-    told: Mutex<Told>,
+    told: Mutex<AppliedSettings>,
 }
 
 #[derive(Debug, Default)]
-struct Told {
+struct AppliedSettings {
     offload: Option<u32>,
     queues: Option<usize>,
 }

@@ -3,7 +3,7 @@
 use super::output::complain;
 use koya::Process;
 use koya::vmm::host::threads::spawn;
-use koya_tasks::Patient;
+use koya_tasks::BlockingStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
@@ -49,8 +49,8 @@ impl UserStreams {
         let stdin = interactive.then(|| copy(std::io::stdin().as_fd()));
         Ok(Self {
             stdin: stdin.transpose()?,
-            stdout: Box::new(Patient(copy(std::io::stdout().as_fd())?)),
-            stderr: Box::new(Patient(copy(std::io::stderr().as_fd())?)),
+            stdout: Box::new(BlockingStream(copy(std::io::stdout().as_fd())?)),
+            stderr: Box::new(BlockingStream(copy(std::io::stderr().as_fd())?)),
         })
     }
 }
@@ -173,7 +173,7 @@ impl Pumps {
         };
         if let Some((from, to, ends)) = input {
             spawn("koya-input", move || {
-                std::io::copy(&mut Patient(from), &mut &to).ok();
+                std::io::copy(&mut BlockingStream(from), &mut &to).ok();
                 if ends {
                     to.shutdown(Shutdown::Write).ok();
                 }
@@ -427,7 +427,7 @@ mod tests {
         };
         let user = UserStreams {
             stdin: Some(OwnedFd::from(input).into()),
-            stdout: Box::new(Patient(output)),
+            stdout: Box::new(BlockingStream(output)),
             stderr: Box::new(std::io::sink()),
         };
         let pumps = Pumps::start(streams, user).unwrap();

@@ -64,7 +64,7 @@ fn look() -> Vec<Finding> {
             text: format!(
                 "{} is there, API 12, with all that is needed{}",
                 kvm::DEVICE,
-                kvm::offers(&kvm).map_or(String::new(), |what| format!("; {what}"))
+                kvm::host_features(&kvm).map_or(String::new(), |what| format!("; {what}"))
             ),
         }),
         Err(error) => {
@@ -200,13 +200,13 @@ fn measure() -> Result<f64, String> {
 }
 
 fn time_of(rounds: u32) -> Result<Duration, String> {
-    let vm = Vm::builder(Spec::countdown(rounds))
+    let vm = Vm::builder(Spec::probe_guest(rounds))
         .start_paused()
         .map_err(|e| format!("a tiny guest can't be made: {e}"))?;
     let handle = vm.handle();
     let started = Instant::now();
     handle.resume();
-    let reason = handle.wait_ended();
+    let reason = handle.wait_exit();
     let took = started.elapsed();
     drop(vm);
     match reason {

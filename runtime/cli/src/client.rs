@@ -3,10 +3,10 @@
 use super::at_once::at_once;
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::control::{Answer, KILL_LIMIT, Request};
-use super::ignored::passed_on;
 use super::output::{complain, say};
 use super::parse::parse_signal;
 use super::run::check_terminal;
+use super::signals::forwarded_signals;
 use super::state::{Directory, KILLED};
 use super::variables::EnvArgs;
 use super::wire::{Wire, send};
@@ -123,30 +123,30 @@ pub(super) fn ask(name: &str, request: &Request) -> Result<Answer> {
 }
 
 /// A reply of a container's process.
-enum Heard {
+enum ExecReply {
     Started(Vec<OwnedFd>),
-    Over(u8),
+    Exited(u8),
 }
 
-fn hear(name: &str, wire: &mut Wire) -> Result<Heard> {
+fn receive_reply(name: &str, wire: &mut Wire) -> Result<ExecReply> {
     match wire.receive()? {
         None => bail!("container {name} ended"),
         Some((
             Answer::Stats(_) | Answer::Size { .. } | Answer::Device(_) | Answer::Writes { .. },
             _,
-        )) => bail!("container {name} answers something else"),
-        Some((Answer::Started, fds)) => Ok(Heard::Started(fds)),
-        Some((Answer::Done(status), _)) => Ok(Heard::Over(status as u8)),
+        )) => bail!("container {name} sent an unexpected reply"),
+        Some((Answer::Started, fds)) => Ok(ExecReply::Started(fds)),
+        Some((Answer::Done(status), _)) => Ok(ExecReply::Exited(status as u8)),
         Some((Answer::Failed { status, reason }, _)) => {
             complain!("koya: {reason}");
-            Ok(Heard::Over(u8::try_from(status).unwrap_or(FAILED)))
+            Ok(ExecReply::Exited(u8::try_from(status).unwrap_or(FAILED)))
         }
     }
 }
 
 fn hear_end(name: &str, wire: &mut Wire) -> Outcome {
     loop {
-        if let Heard::Over(status) = hear(name, wire)? {
+        if let ExecReply::Exited(status) = receive_reply(name, wire)? {
             return Ok(status);
         }
     }
@@ -164,15 +164,15 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
         interactive: args.interactive,
     };
     // Before any thread exists, so that no signal is lost.
-    let signals = Signals::new(passed_on()).context("cannot catch signals")?;
+    let signals = Signals::new(forwarded_signals()).context("cannot catch signals")?;
     signals.add_signal(SIGWINCH)?;
     send(&stream, &request, &[])?;
     let mut wire = Wire::new(stream.try_clone()?);
     let over = Arc::new(AtomicBool::new(false));
     forward_signals(signals, stream, over.clone())?;
-    let fds = match hear(&args.name, &mut wire)? {
-        Heard::Over(status) => return Ok(status),
-        Heard::Started(fds) => fds,
+    let fds = match receive_reply(&args.name, &mut wire)? {
+        ExecReply::Exited(status) => return Ok(status),
+        ExecReply::Started(fds) => fds,
     };
     let streams = ProcessStreams::from_fds(fds).context("the process has no streams")?;
     let raw = match args.tty && args.interactive {
@@ -251,14 +251,14 @@ impl<'a> Ending<'a> {
             return false;
         }
         let asked = ask_writes(self.directory, self.pause.min(ANSWER_LIMIT));
-        let (done, is_host_at_work) = match asked {
+        let (done, in_flight) = match asked {
             Ok(answer) => answer,
             Err(error) => {
                 log::debug!("its process says nothing of its disks: {error:#}");
                 return false;
             }
         };
-        self.written.replace(done) != Some(done) || is_host_at_work
+        self.written.replace(done) != Some(done) || in_flight
     }
 
     /// Waits until its process has ended; false if it is not making progress.
@@ -281,14 +281,8 @@ fn ask_writes(directory: &Directory, limit: Duration) -> Result<(u64, bool)> {
     stream.set_read_timeout(Some(limit))?;
     send(&stream, &Request::Writes, &[])?;
     match Wire::new(stream).receive()? {
-        Some((
-            Answer::Writes {
-                done,
-                is_host_at_work,
-            },
-            _,
-        )) => Ok((done, is_host_at_work)),
-        other => bail!("it answers {:?}", other.map(|(answer, _)| answer)),
+        Some((Answer::Writes { done, in_flight }, _)) => Ok((done, in_flight)),
+        other => bail!("unexpected reply: {:?}", other.map(|(answer, _)| answer)),
     }
 }
 
@@ -297,7 +291,7 @@ fn for_each(names: &[String], order: &Order) -> Outcome {
     let (mut worst, mut said) = (0, Ok(()));
     at_once(
         names,
-        |name| tell(name, order),
+        |name| send_to(name, order),
         |name, told| match told {
             // Continues with the others even if the output can't be written.
             Ok(0) if said.is_err() => {}
@@ -315,7 +309,7 @@ fn for_each(names: &[String], order: &Order) -> Outcome {
 
 /// Sends the request. It is no error to stop a container that has ended, as with other engines: in scripts `rm` follows
 /// `stop`.
-fn tell(name: &str, order: &Order) -> Outcome {
+fn send_to(name: &str, order: &Order) -> Outcome {
     let directory = Directory::find(name)?;
     let told = check_running(name, &directory).and_then(|()| ask_one(name, &directory, order));
     match told {
@@ -329,10 +323,10 @@ fn ask_one(name: &str, directory: &Directory, order: &Order) -> Outcome {
         .connect(CONNECT_LIMIT.min(order.limit_if_stopped))
         .map_err(Into::into);
     let mut ending = Ending::of(directory, order);
-    let answered =
-        answered.and_then(|stream| hear_in_time(name, directory, order, &mut ending, stream));
+    let answered = answered
+        .and_then(|stream| receive_with_timeout(name, directory, order, &mut ending, stream));
     let why = match answered {
-        Err(error) if is_silence(&error) && order.is_end => "its process does not answer",
+        Err(error) if is_timeout(&error) && order.is_end => "its process does not answer",
         Err(error) => {
             return Err(error).with_context(|| format!("container {name} does not answer"));
         }
@@ -350,7 +344,7 @@ fn ask_one(name: &str, directory: &Directory, order: &Order) -> Outcome {
 }
 
 /// The reply to a request, or a timeout. An ending sandbox may take longer while it writes to its disks.
-fn hear_in_time(
+fn receive_with_timeout(
     name: &str,
     directory: &Directory,
     order: &Order,
@@ -362,12 +356,12 @@ fn hear_in_time(
     stream.set_read_timeout(Some(first))?;
     let mut wire = Wire::new(stream.try_clone()?);
     let mut answer = hear_end(name, &mut wire);
-    if answer.as_ref().is_err_and(is_silence) && first < order.limit && !directory.is_stopped() {
+    if answer.as_ref().is_err_and(is_timeout) && first < order.limit && !directory.is_stopped() {
         stream.set_read_timeout(Some(order.limit - first))?;
         answer = hear_end(name, &mut wire);
     }
     while let Some(ending) = ending
-        && answer.as_ref().is_err_and(is_silence)
+        && answer.as_ref().is_err_and(is_timeout)
         && ending.writes()
     {
         stream.set_read_timeout(Some(ending.pause))?;
@@ -377,7 +371,7 @@ fn hear_in_time(
 }
 
 /// Whether the time limit has expired.
-fn is_silence(error: &anyhow::Error) -> bool {
+fn is_timeout(error: &anyhow::Error) -> bool {
     let timed_out = |error: &std::io::Error| error.kind() == std::io::ErrorKind::TimedOut;
     error.downcast_ref().is_some_and(timed_out)
         || error.downcast_ref() == Some(&rustix::io::Errno::AGAIN)
@@ -418,7 +412,7 @@ pub(super) fn console(args: &ConsoleArgs) -> Outcome {
     let (_, stream) = connect(&args.name)?;
     send(&stream, &Request::Console, &[])?;
     let mut wire = Wire::new(stream);
-    let Heard::Started(fds) = hear(&args.name, &mut wire)? else {
+    let ExecReply::Started(fds) = receive_reply(&args.name, &mut wire)? else {
         bail!("container {} has no console", args.name);
     };
     let console = fds
@@ -532,11 +526,8 @@ mod tests {
         let asked = accept(listener);
         let request = Wire::new(asked.try_clone().unwrap()).receive::<Request>();
         assert!(matches!(request.unwrap().unwrap().0, Request::Writes));
-        let is_host_at_work = false;
-        let answer = Answer::Writes {
-            done,
-            is_host_at_work,
-        };
+        let in_flight = false;
+        let answer = Answer::Writes { done, in_flight };
         send(&asked, &answer, &[]).unwrap();
     }
 

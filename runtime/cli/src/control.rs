@@ -72,7 +72,7 @@ pub(super) enum Answer {
     /// Resource usage; another reply follows.
     Stats(Box<Stats>),
     /// Number of writes so far, and whether the host is processing more; another reply follows.
-    Writes { done: u64, is_host_at_work: bool },
+    Writes { done: u64, in_flight: bool },
     /// Path of the disk in the container; another reply follows.
     Device(PathBuf),
     /// Size of the guest; another reply follows.
@@ -130,7 +130,7 @@ pub(super) fn serve(
     let directory: &Directory = &owned.directory;
     let listener = directory.listen()?;
     let execs = Execs::default();
-    let served = Arc::new(Served {
+    let served = Arc::new(ServerState {
         container,
         sandbox,
         disks: Disks::default(),
@@ -155,7 +155,7 @@ fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()>
 }
 
 /// The objects that requests act on.
-struct Served {
+struct ServerState {
     container: Arc<Container>,
     sandbox: Arc<Sandbox>,
     disks: Disks,
@@ -163,7 +163,7 @@ struct Served {
     execs: Execs,
 }
 
-fn answer(stream: &UnixStream, served: &Served) {
+fn answer(stream: &UnixStream, served: &ServerState) {
     // Until the reply is sent.
     let mut counted = None;
     let answer = match carry_out(stream, served, &mut counted) {
@@ -178,8 +178,12 @@ fn answer(stream: &UnixStream, served: &Served) {
     }
 }
 
-fn carry_out(stream: &UnixStream, served: &Served, counted: &mut Option<Running>) -> Result<i32> {
-    let Served {
+fn carry_out(
+    stream: &UnixStream,
+    served: &ServerState,
+    counted: &mut Option<Running>,
+) -> Result<i32> {
+    let ServerState {
         container,
         sandbox,
         disks,
@@ -188,7 +192,7 @@ fn carry_out(stream: &UnixStream, served: &Served, counted: &mut Option<Running>
     } = served;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((request, _)) = wire.receive()? else {
-        bail!("nothing was asked");
+        bail!("no request was received");
     };
     match request {
         Request::Signal(number) => send_signal(container, number)?,
@@ -198,7 +202,7 @@ fn carry_out(stream: &UnixStream, served: &Served, counted: &mut Option<Running>
             let writes = sandbox.disk_writes();
             let answer = Answer::Writes {
                 done: writes.done,
-                is_host_at_work: writes.is_host_at_work,
+                in_flight: writes.in_flight,
             };
             send(stream, &answer, &[])?;
         }

@@ -3,7 +3,7 @@
 //! pasta forwards datagrams from outside straight to the guest, but those to the host's loopback arrive at the loopback of the
 //! sandbox's network namespace, and replies get lost if the guest's port is another one (as of Debian 12). So these are
 //! received here, by sockets in the network namespace of the host, and forwarded to the address of the guest
-//! ([`NetworkConfig::is_called`](koya::NetworkConfig::is_called)), each client by a socket of its own, so that replies
+//! ([`NetworkConfig::host_access`](koya::NetworkConfig::host_access)), each client by a socket of its own, so that replies
 //! find their way back.
 
 use super::publish::Ports;

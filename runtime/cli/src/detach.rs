@@ -14,7 +14,7 @@ use std::process::Command;
 const DETACHED: &str = "KOYA_DETACHED";
 
 /// Whether this process is the one in the background.
-pub(super) fn is_behind() -> bool {
+pub(super) fn is_background_process() -> bool {
     if std::env::var_os(DETACHED).is_none() {
         return false;
     }

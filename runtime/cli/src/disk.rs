@@ -82,7 +82,7 @@ pub(super) fn main(args: &DiskArgs) -> Outcome {
     match client::ask(name, &Request::Disk(request))? {
         Answer::Device(path) => say!("{}", path.display())?,
         Answer::Done(_) => {}
-        other => bail!("container {name} answers {other:?}"),
+        other => bail!("unexpected reply from container {name}: {other:?}"),
     }
     Ok(0)
 }

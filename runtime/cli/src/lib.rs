@@ -3,7 +3,6 @@
 //! Exit statuses: that of the container's program for `run` and `exec`; 125 if Koya itself failed, 126 and 127 if the
 //! program can't be run or found, as with other container tools.
 
-mod alone;
 mod at_once;
 mod attach;
 mod check;
@@ -15,7 +14,7 @@ mod datagrams;
 mod detach;
 mod disk;
 mod environment;
-mod ignored;
+mod link_local;
 mod list;
 mod net;
 mod output;
@@ -24,6 +23,7 @@ mod programs;
 mod publish;
 mod removal;
 mod run;
+mod signals;
 mod size;
 mod state;
 mod stats;
@@ -116,7 +116,7 @@ pub fn main() -> ExitCode {
     }
     // Open descriptors of the caller must not leak to helpers or to the process of a detached container.
     if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
-        output::complain!("koya: cannot keep what is open from other programs: {error}");
+        output::complain!("koya: cannot set close-on-exec on inherited descriptors: {error}");
         return ExitCode::from(FAILED);
     }
     let cli = match Cli::try_parse() {
@@ -180,7 +180,7 @@ fn log_to_stderr() {
         .filter_module(koya::GUEST_LOG, log::LevelFilter::Off)
         .format(|out, record| {
             let level = record.level().as_str().to_lowercase();
-            let text = guest_text::whole(record.args().to_string());
+            let text = guest_text::sanitize(record.args().to_string());
             writeln!(out, "koya: {level}: {text}")
         })
         .init();

@@ -127,7 +127,7 @@ fn format_command(words: &[String]) -> String {
         false => c.to_string(),
     };
     let escaped: String = words.join(" ").chars().map(escape).collect();
-    guest_text::line(escaped)
+    guest_text::sanitize_line(escaped)
 }
 
 fn format_age(age: Duration) -> String {

@@ -4,8 +4,8 @@
 //! pasta gives that namespace an interface whose traffic it forwards by ordinary sockets on the host. The guest takes the
 //! place of that interface.
 
-use super::alone::{self, Alone};
 use super::datagrams::{self, Receiver};
+use super::link_local::{self, LinkLocalNetwork};
 use super::programs;
 use super::publish::{self, Ports};
 use super::state::Directory;
@@ -61,7 +61,7 @@ pub(super) struct NetArgs {
     mtu: Option<u16>,
     /// Properties of the host, read before this process changed its namespace.
     #[arg(skip)]
-    host: OnceLock<Outside>,
+    host: OnceLock<HostNetwork>,
     /// Sockets for published UDP ports, opened before this process changed its namespace.
     #[arg(skip)]
     receivers: OnceLock<Vec<Receiver>>,
@@ -69,28 +69,30 @@ pub(super) struct NetArgs {
 
 /// Properties of the host that a guest with `--net user` depends on.
 #[derive(Clone, Debug)]
-struct Outside {
+struct HostNetwork {
     /// Addresses of the host.
     addresses: Vec<IpNet>,
     /// Address of the name server for the guest.
     resolver: Ipv4Addr,
     /// The guest's network if the host has no default route.
-    alone: Option<Alone>,
+    link_local: Option<LinkLocalNetwork>,
 }
 
-impl Outside {
+impl HostNetwork {
     /// For a host with these addresses, with or without a default route.
     fn of(addresses: Vec<IpNet>, is_routed: bool) -> Result<Self> {
         let is_free = |ip: &Ipv4Addr| !addresses.iter().any(|net| net.contains(&IpAddr::V4(*ip)));
-        let alone = match is_routed {
+        let link_local = match is_routed {
             true => None,
-            false => Some(Alone::find(is_free)?),
+            false => Some(LinkLocalNetwork::find(is_free)?),
         };
         let candidates = (0..254).map(|n| Ipv4Addr::from(u32::from(RESOLVER) + n));
         let resolver = candidates.into_iter().find(is_free);
         Ok(Self {
-            resolver: resolver.context("all of 169.254.1.0/24 is the host's own")?,
-            alone,
+            resolver: resolver.context(
+                "no free address for the name server: the host uses all of 169.254.1.0/24",
+            )?,
+            link_local,
             addresses,
         })
     }
@@ -134,12 +136,12 @@ impl NetArgs {
         }
         if matches!(&self.net, Kind::Tap(name) if !name.is_empty()) && self.ip.is_none() {
             bail!(
-                "--net tap:NAME needs --ip: the network behind a tap of your own is yours to know"
+                "--net tap:NAME requires --ip: Koya cannot know the network behind an existing tap"
             );
         }
         match self.net {
             Kind::User => {
-                let outside = Outside::of(host_addresses()?, alone::has_default_route())?;
+                let outside = HostNetwork::of(host_addresses()?, link_local::has_default_route())?;
                 let host = self.host.get_or_init(|| outside);
                 publish::check(&self.publish)?;
                 let receivers = datagrams::receivers(&self.publish)?;
@@ -155,8 +157,8 @@ impl NetArgs {
         let network = match &self.net {
             Kind::None => return Vec::new(),
             Kind::User => NetworkConfig {
-                out_of_reach: self.host.get().map_or(Vec::new(), |h| h.addresses.clone()),
-                is_called: self.receivers.get().is_some_and(|all| !all.is_empty()),
+                blocked_destinations: self.host.get().map_or(Vec::new(), |h| h.addresses.clone()),
+                host_access: self.receivers.get().is_some_and(|all| !all.is_empty()),
                 ..NetworkConfig::new(HostEnd::Join {
                     interface: PASTA_INTERFACE.into(),
                 })
@@ -242,7 +244,7 @@ impl NetArgs {
         let path = directory.resolver();
         let resolver = self.host.get().map_or(RESOLVER, |host| host.resolver);
         // With the host's search domains for short names.
-        let content = format!("nameserver {resolver}\n{}", koya::search_and_options());
+        let content = format!("nameserver {resolver}\n{}", koya::resolver_options());
         std::fs::write(&path, content)
             .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Some(Volume::new(path, RESOLV_CONF)))
@@ -270,9 +272,9 @@ struct Connections {
 }
 
 /// A connection, counted as long as this lives.
-struct Held(Arc<AtomicUsize>);
+struct ConnectionGuard(Arc<AtomicUsize>);
 
-impl Drop for Held {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
@@ -288,9 +290,9 @@ impl Connections {
     }
 
     /// Counts one more connection; `None` if there are too many.
-    fn take(&self) -> Option<Held> {
+    fn take(&self) -> Option<ConnectionGuard> {
         self.live.fetch_add(1, Ordering::SeqCst);
-        let held = Held(self.live.clone());
+        let held = ConnectionGuard(self.live.clone());
         (self.live.load(Ordering::SeqCst) <= self.limit).then_some(held)
     }
 }
@@ -369,7 +371,7 @@ fn pair(process: u32) -> [IpNet; 2] {
 }
 
 /// Moves this process into a network namespace with pasta's interface in it.
-fn enter_user(publish: &[Ports], host: &Outside) -> Result<()> {
+fn enter_user(publish: &[Ports], host: &HostNetwork) -> Result<()> {
     let mut pasta = Pasta::prepare(publish, host)?;
     let root = rustix::process::geteuid().is_root();
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
@@ -430,7 +432,7 @@ struct Pasta {
 }
 
 impl Pasta {
-    fn prepare(publish: &[Ports], host: &Outside) -> Result<Self> {
+    fn prepare(publish: &[Ports], host: &HostNetwork) -> Result<Self> {
         let Some(program) = programs::find("pasta") else {
             bail!("--net user needs pasta, which is not there; `apt-get install passt` has it");
         };
@@ -448,7 +450,7 @@ impl Pasta {
                 PASTA_INTERFACE,
             ])
             .args(["--dns-forward", &host.resolver.to_string()])
-            .args(host.alone.iter().flat_map(Alone::options))
+            .args(host.link_local.iter().flat_map(LinkLocalNetwork::options))
             .args(publish::options(publish))
             .args(["--tcp-ns", "none", "--udp-ns", "none", "--pid"])
             .arg(ready.path().join(PID_FILE))
@@ -527,7 +529,7 @@ mod tests {
     fn names_are_asked_for_where_nobody_else_is() {
         let of = |nets: &[&str]| {
             let nets = nets.iter().map(|net| net.parse().unwrap());
-            Outside::of(nets.collect(), true)
+            HostNetwork::of(nets.collect(), true)
         };
         assert_eq!(of(&["192.0.2.1/32"]).unwrap().resolver, RESOLVER);
         let next = of(&["169.254.1.0/31", "169.254.1.2/32"]).unwrap().resolver;

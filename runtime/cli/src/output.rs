@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 use koya::vmm::guest_text;
-use koya_tasks::Patient;
+use koya_tasks::BlockingStream;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fmt::{self, Arguments};
 use std::io::{self, ErrorKind, Write};
@@ -30,11 +30,11 @@ pub(super) struct Output;
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Patient(io::stdout()).write(bytes).map_err(explain)
+        BlockingStream(io::stdout()).write(bytes).map_err(explain)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Patient(io::stdout()).flush().map_err(explain)
+        BlockingStream(io::stdout()).flush().map_err(explain)
     }
 }
 
@@ -91,8 +91,8 @@ pub(super) fn print(text: Arguments<'_>) -> Result<()> {
 /// As [`print`], to standard error. Errors can't be reported anywhere. The text may contain words of an image or a guest,
 /// and goes to a terminal: without control characters.
 pub(super) fn print_error(text: Arguments<'_>) {
-    let line = format!("{}\n", guest_text::whole(text.to_string()));
-    Patient(io::stderr()).write_all(line.as_bytes()).ok();
+    let line = format!("{}\n", guest_text::sanitize(text.to_string()));
+    BlockingStream(io::stderr()).write_all(line.as_bytes()).ok();
 }
 
 /// Prints a line to standard output; an error if it can't be written.

@@ -4,12 +4,12 @@ use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_si
 use super::container_log::LogWriter;
 use super::control::Execs;
 use super::detach;
-use super::ignored::passed_on;
 use super::net::NetArgs;
 use super::parse::{
     Security, parse_cache, parse_disk, parse_security, parse_signal, parse_tmpfs, parse_ulimit,
     parse_volume,
 };
+use super::signals::forwarded_signals;
 use super::size::SizeArgs;
 use super::state::{self, Directory, Owned, Record};
 use super::variables::{EnvArgs, merge_env};
@@ -20,8 +20,8 @@ use koya::block_volume::BlockVolume;
 use koya::image::{Defaults, Image, Options};
 use koya::vmm::host::threads;
 use koya::{
-    Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Rlimit,
-    Sandbox, SandboxConfig, Seccomp, Stdio, Tmpfs, User, Volume,
+    Cache, Container, ContainerConfig, Device, DiskConfig, ProcessConfig, Profile, Rlimit, Sandbox,
+    SandboxConfig, Seccomp, Stdio, TimelineFile, Tmpfs, User, Volume,
 };
 use koya_tasks::send_signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGWINCH};
@@ -292,7 +292,8 @@ fn unpack(image: &Path, args: &RunArgs, directory: &Directory) -> Result<Default
     });
     std::fs::remove_dir_all(&scratch).ok();
     let defaults = unpacked?;
-    koya::prepare_unpacked(&root).with_context(|| format!("cannot prepare {}", root.display()))?;
+    koya::prepare_image_root(&root)
+        .with_context(|| format!("cannot prepare {}", root.display()))?;
     let workdir = args.workdir.as_ref().or(defaults.workdir.as_ref());
     for dir in workdir.into_iter().chain(&defaults.volumes) {
         koya::image::make_directory(&root, dir)?;
@@ -312,13 +313,13 @@ pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<()> {
 pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     if !args.detach {
         check_terminal(args.tty, args.interactive)?;
-    } else if !detach::is_behind() {
+    } else if !detach::is_background_process() {
         return detach::start_again();
     }
     args.check()?;
     // The library does not change limits and scheduling; this program may.
     if args.core_scheduling {
-        koya::keep_cores_apart().context("--core-scheduling")?;
+        koya::enable_core_scheduling().context("--core-scheduling")?;
     }
     koya::vmm::devices::fs::raise_descriptor_limit();
     let (mut record, owned) = state::create(args.name.as_deref(), |name, directory| Record {
@@ -386,7 +387,7 @@ impl Live {
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> Result<Live> {
     // Before any thread exists: namespaces are per thread, and no signal must be lost.
     args.net.enter()?;
-    let signals = Signals::new(passed_on()).context("cannot catch signals")?;
+    let signals = Signals::new(forwarded_signals()).context("cannot catch signals")?;
     signals.add_signal(SIGWINCH)?;
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.directory.clone())?;
@@ -404,7 +405,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         false => UserStreams::own(args.interactive)?,
     };
     let mut sandbox = args.sandbox()?;
-    sandbox.timeline = Some(Keep {
+    sandbox.timeline = Some(TimelineFile {
         id: record.name.clone(),
         began: Some(began),
     });

@@ -73,7 +73,7 @@ impl SizeArgs {
 
 #[derive(Args)]
 #[group(required = true, multiple = true)]
-struct Wish {
+struct ResizeArgs {
     /// Set the number of online CPUs, up to --cpus-max of `koya run`
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
@@ -85,7 +85,7 @@ struct Wish {
 #[derive(Args)]
 pub(super) struct UpdateArgs {
     #[command(flatten)]
-    wish: Wish,
+    resize: ResizeArgs,
     /// The container
     name: String,
 }
@@ -95,20 +95,20 @@ const MEMORY_BLOCK_MIB: u64 = koya::vmm::devices::mem::BLOCK_SIZE >> 20;
 
 /// `koya update`
 pub(super) fn update(args: &UpdateArgs) -> Outcome {
-    let Wish { cpus, memory } = args.wish;
+    let ResizeArgs { cpus, memory } = args.resize;
     let request = Request::Update {
         cpus,
         memory_mib: memory,
     };
     let (got_cpus, got_memory) = match client::ask(&args.name, &request)? {
         Answer::Size { cpus, memory_mib } => (cpus, memory_mib),
-        other => bail!("container {} answers {other:?}", args.name),
+        other => bail!("unexpected reply from container {}: {other:?}", args.name),
     };
     say!("{got_cpus} CPUs, {got_memory} MiB of memory")?;
-    let fell_short = cpus.is_some_and(|wish| wish != got_cpus) // Memory is plugged in blocks.
-        || memory.is_some_and(|wish| wish.abs_diff(got_memory) >= MEMORY_BLOCK_MIB);
+    let fell_short = cpus.is_some_and(|resize| resize != got_cpus) // Memory is plugged in blocks.
+        || memory.is_some_and(|resize| resize.abs_diff(got_memory) >= MEMORY_BLOCK_MIB);
     if fell_short {
-        complain!("koya: that is as far as the guest goes now; it uses what it does not give up");
+        complain!("koya: the guest could not reach the requested size: it still uses the rest");
         return Ok(FAILED);
     }
     Ok(0)

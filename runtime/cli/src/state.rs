@@ -214,7 +214,7 @@ impl Directory {
     }
 
     /// Whether no exit status was recorded.
-    fn has_no_end(&self) -> bool {
+    fn lacks_exit_status(&self) -> bool {
         self.read().is_ok_and(|record| record.status.is_none())
     }
 
@@ -306,9 +306,9 @@ impl Directory {
 
     /// What the next command does with the directory of a container that has ended.
     pub(super) fn clear_away(&self) {
-        if self.is_torn() || self.has_no_end() && !self.has_run() {
+        if self.is_torn() || self.lacks_exit_status() && !self.has_run() {
             self.remove();
-        } else if self.has_no_end()
+        } else if self.lacks_exit_status()
             && let Err(error) = self.settle(KILLED)
         {
             log::warn!("{error:#}");

@@ -142,7 +142,7 @@ fn running() -> Result<Vec<String>> {
 fn ask(name: &str) -> Result<Stats> {
     match client::ask(name, &Request::Stats)? {
         Answer::Stats(stats) => Ok(*stats),
-        other => bail!("container {name} answers {other:?}"),
+        other => bail!("unexpected reply from container {name}: {other:?}"),
     }
 }
 

@@ -51,9 +51,9 @@ pub(super) fn main(args: VolumeArgs) -> Outcome {
             volume.options = options;
             volume.add(&path)?;
         }
-        VolumeCommand::Rm { path } => direct_volume::forget(&path)?,
+        VolumeCommand::Rm { path } => direct_volume::remove(&path)?,
         VolumeCommand::Ls => {
-            for (path, volume) in direct_volume::all() {
+            for (path, volume) in direct_volume::list() {
                 let options = volume.options.join(",");
                 let (path, device) = (path.display(), volume.device.display());
                 say!("{path}\t{device}\t{}\t{options}", volume.fstype)?;

@@ -85,7 +85,7 @@ impl Source for Section {
     }
 }
 
-enum Place {
+enum Location {
     Data(Blob),
     Link(PathBuf),
 }
@@ -95,7 +95,7 @@ pub(crate) struct Files(Kept);
 
 enum Kept {
     Directory(OwnedFd),
-    Archive(HashMap<PathBuf, Place>),
+    Archive(HashMap<PathBuf, Location>),
 }
 
 impl Files {
@@ -176,13 +176,13 @@ fn in_directory(dir: &OwnedFd, name: &str, within: ResolveFlags) -> io::Result<O
     }))
 }
 
-fn in_archive(entries: &HashMap<PathBuf, Place>, name: &str) -> io::Result<Option<Blob>> {
+fn in_archive(entries: &HashMap<PathBuf, Location>, name: &str) -> io::Result<Option<Blob>> {
     let mut path = clean(Path::new(name));
     for _ in 0..MAX_LINKS {
         match entries.get(&path) {
             None => return Ok(None),
-            Some(Place::Data(blob)) => return Ok(Some(blob.clone())),
-            Some(Place::Link(target)) => path.clone_from(target),
+            Some(Location::Data(blob)) => return Ok(Some(blob.clone())),
+            Some(Location::Link(target)) => path.clone_from(target),
         }
     }
     Err(invalid("links lead to links without end"))
@@ -230,7 +230,7 @@ fn copy(source: impl Read, path: &Path, limits: &Limits) -> io::Result<File> {
 }
 
 /// Offsets of the archive's files. Of entries with the same name the last one counts.
-fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<PathBuf, Place>> {
+fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<PathBuf, Location>> {
     let file = Arc::new(file);
     let end = file.metadata()?.len();
     let section = Section {
@@ -258,9 +258,9 @@ fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<Path
             Kind::Regular if entry.sparse.is_some() => {
                 spilled.take(entry.size)?;
                 let whole = scratch.join(format!("sparse-{count}"));
-                Place::Data(expand(&mut reader, &entry, &whole)?)
+                Location::Data(expand(&mut reader, &entry, &whole)?)
             }
-            Kind::Regular => Place::Data(Blob {
+            Kind::Regular => Location::Data(Blob {
                 file: file.clone(),
                 at: reader.source().at,
                 size: entry.size,
@@ -272,9 +272,9 @@ fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<Path
                 } else {
                     parent
                 };
-                Place::Link(clean(&from.join(link)))
+                Location::Link(clean(&from.join(link)))
             }
-            Kind::HardLink => Place::Link(clean(link)),
+            Kind::HardLink => Location::Link(clean(link)),
             // Types of entries that images do not need.
             _ => continue,
         };
@@ -301,7 +301,7 @@ fn expand(reader: &mut Reader<Section>, entry: &Entry, path: &Path) -> io::Resul
 }
 
 /// Removes a single top directory, as in an archive made from a directory by its name.
-fn without_top(entries: HashMap<PathBuf, Place>) -> HashMap<PathBuf, Place> {
+fn without_top(entries: HashMap<PathBuf, Location>) -> HashMap<PathBuf, Location> {
     let marks = ["index.json", "manifest.json", "repositories"];
     if marks
         .iter()
@@ -328,7 +328,7 @@ fn without_top(entries: HashMap<PathBuf, Place>) -> HashMap<PathBuf, Place> {
     }
     let moved = entries.into_iter().filter_map(|(path, place)| {
         let place = match place {
-            Place::Link(target) => Place::Link(strip(&target).unwrap_or(target)),
+            Location::Link(target) => Location::Link(strip(&target).unwrap_or(target)),
             data => data,
         };
         Some((strip(&path)?, place))

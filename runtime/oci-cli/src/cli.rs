@@ -71,8 +71,8 @@ pub(crate) struct Globals {
     /// Accepted without effect: cgroupsPath may have the systemd form or not
     #[arg(long)]
     systemd_cgroup: bool,
-    /// Leave the sandbox's process in the caller's control group (disabled); the others are the same: cgroupsPath may have
-    /// the systemd form or not
+    /// Set the cgroup manager: `disabled` leaves the sandbox's process in the caller's control group; the others are the same,
+    /// since cgroupsPath may have either form
     #[arg(long, value_enum, default_value = "cgroupfs", value_name = "MANAGER")]
     pub(crate) cgroup_manager: CgroupManager,
     /// Accepted without effect: without root, steps that require it are skipped
@@ -306,7 +306,7 @@ pub(crate) struct ListArgs {
 
 #[derive(Args)]
 pub(crate) struct UpdateArgs {
-    /// Read limits from a JSON file in the form of linux.resources in config.json (- for standard input); absent ones stay
+    /// Read limits from a JSON file in the form of linux.resources in config.json (- for standard input); absent limits keep their values
     #[arg(long, short, value_name = "FILE")]
     pub(crate) resources: Option<String>,
     /// Set the CPU time per period, in microseconds
@@ -324,10 +324,10 @@ pub(crate) struct UpdateArgs {
     /// Run only on otherwise idle CPUs (1), or normally (0)
     #[arg(long, allow_hyphen_values = true)]
     pub(crate) cpu_idle: Option<i64>,
-    /// Not supported: control groups of version 2 have no such limit
+    /// Not supported: cgroup v2 has no such limit
     #[arg(long)]
     pub(crate) cpu_rt_period: Option<u64>,
-    /// Not supported: control groups of version 2 have no such limit
+    /// Not supported: cgroup v2 has no such limit
     #[arg(long, allow_hyphen_values = true)]
     pub(crate) cpu_rt_runtime: Option<i64>,
     /// Set the relative share of disk I/O on the host, 10 to 1000

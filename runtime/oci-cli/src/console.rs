@@ -114,7 +114,7 @@ pub(crate) fn connect(socket: &Path) -> Result<UnixStream> {
 }
 
 /// The user's terminal, connected to a pty's master until this is dropped.
-pub(crate) struct Joined {
+pub(crate) struct ConnectedTerminal {
     before: Option<Termios>,
     /// Disconnected when all output has been copied.
     copied: Receiver<()>,
@@ -123,7 +123,7 @@ pub(crate) struct Joined {
 /// Time limit for copying the last output.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
-impl Joined {
+impl ConnectedTerminal {
     /// # Errors
     /// If the host has no thread left.
     pub(crate) fn start(master: &OwnedFd) -> Result<Self> {
@@ -157,7 +157,7 @@ impl Joined {
     }
 }
 
-impl Drop for Joined {
+impl Drop for ConnectedTerminal {
     fn drop(&mut self) {
         if let Some(before) = &self.before {
             tcsetattr(std::io::stdin(), OptionalActions::Now, before).ok();

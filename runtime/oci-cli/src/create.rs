@@ -1,10 +1,10 @@
 //! `create` and `run`: starts the long-lived process ([`crate::serve`]), runs hooks, stores the state.
 
-use crate::ask::{Boot, Request, ask, hear};
 use crate::cli::{CreateArgs, Globals, RunArgs};
-use crate::console::{self, Joined};
+use crate::console::{self, ConnectedTerminal};
+use crate::ipc::{Boot, Request, receive_response, send_request};
 use crate::pidfd::Receiver;
-use crate::preserved::Given;
+use crate::preserved::PreservedFds;
 use crate::source::Source;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
 use crate::{Outcome, capabilities, life, logging, member, program};
@@ -13,7 +13,7 @@ use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
 use koya_tasks::hooks::{self, Kind};
 use koya_tasks::wire::{Wire, send};
-use koya_tasks::{Joins, Role, Spec, cgroup};
+use koya_tasks::{Role, SandboxMembership, Spec, cgroup};
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,8 +23,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 
-pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs, given: &Given) -> Outcome {
-    let mut wanted = Wanted::read(root, globals, args)?;
+pub(crate) fn create(
+    root: &Root,
+    globals: &Globals,
+    args: &CreateArgs,
+    given: &PreservedFds,
+) -> Outcome {
+    let mut wanted = CreateParams::read(root, globals, args)?;
     match (&args.console_socket, wanted.has_terminal()) {
         (None, true) => {
             bail!("cannot allocate tty if runc will detach without setting console socket")
@@ -40,7 +45,7 @@ pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs, given: &
     Ok(0)
 }
 
-pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &Given) -> Outcome {
+pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &PreservedFds) -> Outcome {
     if args.detach {
         create(root, globals, &args.create, given)?;
         let started = life::start(root, &args.create.id);
@@ -49,7 +54,7 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &Given)
         }
         return started;
     }
-    let mut wanted = Wanted::read(root, globals, &args.create)?;
+    let mut wanted = CreateParams::read(root, globals, &args.create)?;
     if args.create.console_socket.is_some() {
         bail!("cannot use console socket if runc will not detach or allocate tty");
     }
@@ -80,7 +85,7 @@ fn attend(
         console::copy_size(master);
     }
     life::start(root, &args.create.id)?;
-    let joined = master.as_ref().map(Joined::start).transpose()?;
+    let joined = master.as_ref().map(ConnectedTerminal::start).transpose()?;
     signals.to(child.id(), master)?;
     let status = child.wait()?;
     if let Some(joined) = joined {
@@ -93,11 +98,11 @@ fn attend(
 pub(crate) const KILLED: i32 = 137;
 
 /// A container to be created.
-struct Wanted {
+struct CreateParams {
     spec: Spec,
     source: Source,
     /// The container whose virtual machine it joins.
-    joins: Option<Joins>,
+    joins: Option<SandboxMembership>,
     /// Connection for its terminal.
     console: Option<UnixStream>,
     /// Connection for a pidfd of its process.
@@ -106,7 +111,7 @@ struct Wanted {
     is_own_terminal: bool,
 }
 
-impl Wanted {
+impl CreateParams {
     fn read(root: &Root, globals: &Globals, args: &CreateArgs) -> Result<Self> {
         state::check_id(&args.id)?;
         let source = Source::of(globals, args)?;
@@ -145,10 +150,10 @@ fn make(
     root: &Root,
     globals: &Globals,
     args: &CreateArgs,
-    wanted: Wanted,
-    given: &Given,
+    wanted: CreateParams,
+    given: &PreservedFds,
 ) -> Result<Child> {
-    let Wanted {
+    let CreateParams {
         spec,
         source,
         joins,
@@ -197,7 +202,11 @@ fn make(
 }
 
 /// Starts the long-lived process, and sends it the request.
-fn launch(boot: &Boot, console: Option<UnixStream>, given: &Given) -> Result<(Child, UnixStream)> {
+fn launch(
+    boot: &Boot,
+    console: Option<UnixStream>,
+    given: &PreservedFds,
+) -> Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
     command
@@ -234,14 +243,14 @@ fn spawn_with_own_pids(mut command: Command) -> Result<Child> {
 /// Makes the process create the container, between running hooks and storing the state.
 fn finish(boot: &Boot, args: &CreateArgs, spec: Spec, pid: u32, stream: &UnixStream) -> Result<()> {
     let mut wire = Wire::new(stream.try_clone()?);
-    hear(&mut wire)?;
+    receive_response(&mut wire)?;
     let stored = stored(boot, spec, pid)?;
-    let state = state::told_to_hooks(&stored, ContainerState::Creating)?;
+    let state = state::hook_state(&stored, ContainerState::Creating)?;
     for kind in [Kind::Prestart, Kind::CreateRuntime] {
         hooks::run(kind, kind.of(&stored.hooks), &state, stored.place())?;
     }
     send(stream, &Request::Start, &[])?;
-    hear(&mut wire)?;
+    receive_response(&mut wire)?;
     write_pid(args.pid_file.as_deref(), pid)?;
     state::store(&boot.directory, &stored)?;
     // From here on it continues without this command.
@@ -273,15 +282,15 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
 }
 
 /// Starts a created container, after the checks that runc makes. If a poststart hook fails, the container is deleted.
-pub(crate) fn start_made(container: &Container) -> Result<()> {
+pub(crate) fn start_created(container: &Container) -> Result<()> {
     match container.status() {
         Status::Created => {}
         Status::Stopped => bail!("cannot start a container that has stopped"),
         Status::Running => bail!("cannot start an already running container"),
         Status::Paused => bail!("cannot start a container in the paused state"),
     }
-    ask(container, Request::Start)?;
-    let state = state::told_to_hooks(&container.stored, ContainerState::Running)?;
+    send_request(container, Request::Start)?;
+    let state = state::hook_state(&container.stored, ContainerState::Running)?;
     let Stored { hooks, .. } = &container.stored;
     let place = container.stored.place();
     let ran = hooks::run(Kind::Poststart, Kind::Poststart.of(hooks), &state, place);

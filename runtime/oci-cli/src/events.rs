@@ -1,9 +1,9 @@
 //! `events`: resource usage of a container, in runc's format.
 
 use crate::Outcome;
-use crate::ask::{Answer, Request, ask, hear};
 use crate::cli::EventsArgs;
 use crate::console::spawn;
+use crate::ipc::{Request, Response, receive_response, send_request};
 use crate::state::{Container, Root, Status};
 use anyhow::{Context, Result, bail};
 use koya::ContainerStats;
@@ -60,9 +60,9 @@ fn print(kind: &str, id: &str, data: Option<Value>) -> Result<()> {
 }
 
 fn print_stats(container: &Container) -> Result<()> {
-    match ask(container, Request::Stats)? {
-        Answer::Stats(data) => print("stats", &container.stored.id, Some(data)),
-        _ => bail!("the container's process answers something else"),
+    match send_request(container, Request::Stats)? {
+        Response::Stats(data) => print("stats", &container.stored.id, Some(data)),
+        _ => bail!("the container's process sent an unexpected reply"),
     }
 }
 
@@ -74,7 +74,7 @@ fn print_ooms(container: &Container) -> Result<Receiver<()>> {
     let id = container.stored.id.clone();
     spawn("koya-ooms", move || {
         let mut wire = Wire::new(stream);
-        while let Ok(Answer::Oom) = hear(&mut wire) {
+        while let Ok(Response::Oom) = receive_response(&mut wire) {
             if print("oom", &id, None).is_err() {
                 break;
             }

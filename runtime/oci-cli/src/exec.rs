@@ -3,12 +3,12 @@
 //! In the foreground the command itself represents the process; detached, a long-lived process does ([`stub`]): callers get
 //! its PID, and it exits with the process's status. It keeps none of the process's streams open.
 
-use crate::ask::{Answer, Request, hear};
 use crate::cli::ExecArgs;
-use crate::console::{self, Joined, Pty, size, spawn};
+use crate::console::{self, ConnectedTerminal, Pty, size, spawn};
 use crate::create::{KILLED, write_pid};
+use crate::ipc::{Request, Response, receive_response};
 use crate::pidfd::Receiver;
-use crate::preserved::{Count, Given};
+use crate::preserved::{Count, PreservedFds};
 use crate::signal::PASSED;
 use crate::state::{Container, Root, Status, Stored};
 use crate::{Outcome, capabilities, source};
@@ -32,22 +32,22 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Request to a stub. Attached: the process's streams, or a connection to a console socket.
 #[derive(Serialize, Deserialize)]
-struct Stubbed {
+struct StubRequest {
     root: PathBuf,
     id: String,
     is_terminal: bool,
-    added: Added,
+    added: ExecSpec,
 }
 
 /// A process to be added to a container.
 #[derive(Serialize, Deserialize)]
-struct Added {
+struct ExecSpec {
     process: Value,
     preserved: Count,
     cgroup: Option<String>,
 }
 
-impl Added {
+impl ExecSpec {
     fn request(&self, is_own_terminal: bool) -> Request {
         Request::Exec {
             process: self.process.clone(),
@@ -58,7 +58,7 @@ impl Added {
     }
 }
 
-pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
+pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &PreservedFds) -> Outcome {
     let cgroup = cgroup_of(args)?;
     let container = root.find(&args.id)?;
     match container.status() {
@@ -82,7 +82,7 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
     }
     let console = args.console_socket.as_deref().map(console::connect);
     let pidfd = Receiver::connect(args.pidfd_socket.as_deref())?;
-    let added = Added {
+    let added = ExecSpec {
         process,
         preserved: given.count,
         cgroup,
@@ -210,7 +210,12 @@ fn console_size(process: &Value) -> Option<(u64, u64)> {
     Some((size["height"].as_u64()?, size["width"].as_u64()?))
 }
 
-fn foreground(container: &Container, args: &ExecArgs, added: &Added, given: &Given) -> Outcome {
+fn foreground(
+    container: &Container,
+    args: &ExecArgs,
+    added: &ExecSpec,
+    given: &PreservedFds,
+) -> Outcome {
     let stream = &container.connect()?;
     let process = &added.process;
     let open = || Pty::open(console_size(process));
@@ -227,11 +232,11 @@ fn foreground(container: &Container, args: &ExecArgs, added: &Added, given: &Giv
     let slave = pty.as_ref().map(|pty| pty.slave.as_fd());
     given.send(stream, &asked, slave)?;
     let mut wire = Wire::new(stream.try_clone()?);
-    hear(&mut wire)?;
+    receive_response(&mut wire)?;
     write_pid(args.pid_file.as_deref(), std::process::id())?;
     let master = pty.map(|pty| pty.master);
     let own = master.as_ref().filter(|_| is_own_terminal);
-    let joined = own.map(Joined::start).transpose()?;
+    let joined = own.map(ConnectedTerminal::start).transpose()?;
     let terminal = std::io::stdin().as_fd().try_clone_to_owned()?;
     pass_on(signals, stream, joined.is_some().then_some(terminal))?;
     let status = end(&mut wire);
@@ -269,8 +274,8 @@ pub(crate) fn pass_on(
 
 /// The exit status of the process. If its sandbox ends first, it counts as killed.
 pub(crate) fn end(wire: &mut Wire) -> u8 {
-    match hear(wire) {
-        Ok(Answer::Ended(status)) => status as u8,
+    match receive_response(wire) {
+        Ok(Response::Ended(status)) => status as u8,
         other => {
             log::debug!("the end of a process: {other:?}");
             KILLED as u8
@@ -281,9 +286,9 @@ pub(crate) fn end(wire: &mut Wire) -> u8 {
 fn detach(
     root: &Root,
     args: &ExecArgs,
-    added: Added,
+    added: ExecSpec,
     console: Option<UnixStream>,
-    (given, pidfd): (&Given, Option<Receiver>),
+    (given, pidfd): (&PreservedFds, Option<Receiver>),
 ) -> Outcome {
     let (ours, theirs) = UnixStream::pair()?;
     let mut child = Command::new("/proc/self/exe")
@@ -294,7 +299,7 @@ fn detach(
         .stderr(Stdio::null())
         .spawn()
         .context("cannot start a process")?;
-    let stubbed = Stubbed {
+    let stubbed = StubRequest {
         root: std::path::absolute(&root.path)?,
         id: args.id.clone(),
         is_terminal: console.is_some(),
@@ -304,7 +309,7 @@ fn detach(
     let console = console.as_ref().map(AsFd::as_fd);
     let started = told
         .and_then(|()| given.send(&ours, &stubbed, console))
-        .and_then(|()| hear(&mut Wire::new(ours)))
+        .and_then(|()| receive_response(&mut Wire::new(ours)))
         .and_then(|_| write_pid(args.pid_file.as_deref(), child.id()));
     if started.is_err() {
         child.kill().ok();
@@ -319,15 +324,15 @@ pub(crate) fn stub() -> Outcome {
     let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
-    rustix::process::setsid().context("this command is run by others of koya-runtime")?;
+    rustix::process::setsid().context("internal command, run only by koya-runtime itself")?;
     let mut wire = Wire::new(stream.try_clone()?);
-    let Some((stubbed, fds)) = wire.receive::<Stubbed>()? else {
-        bail!("nothing is to be run");
+    let Some((stubbed, fds)) = wire.receive::<StubRequest>()? else {
+        bail!("no request was received");
     };
-    let started = start_stubbed(&stubbed, fds);
+    let started = start_in_stub(&stubbed, fds);
     let answer = match &started {
-        Ok(_) => Answer::Started,
-        Err(error) => Answer::Failed(format!("{error:#}")),
+        Ok(_) => Response::Started,
+        Err(error) => Response::Failed(format!("{error:#}")),
     };
     send(&stream, &answer, &[]).ok();
     drop((stream, wire));
@@ -336,14 +341,14 @@ pub(crate) fn stub() -> Outcome {
 }
 
 /// Starts the process; returns the connection that reports its end.
-fn start_stubbed(stubbed: &Stubbed, mut fds: Vec<OwnedFd>) -> Result<Wire> {
+fn start_in_stub(stubbed: &StubRequest, mut fds: Vec<OwnedFd>) -> Result<Wire> {
     let container = Root::at(stubbed.root.clone()).find(&stubbed.id)?;
     let sandbox = container.connect()?;
     let mut wire = Wire::new(sandbox.try_clone()?);
     let signals = Signals::new(PASSED)?;
     let mut terminal = None;
     if stubbed.is_terminal {
-        let first = fds.first_mut().context("no console socket came")?;
+        let first = fds.first_mut().context("no console socket was received")?;
         let pty = Pty::open(console_size(&stubbed.added.process))?;
         console::control(&pty.slave)?;
         let to = std::mem::replace(first, pty.slave.try_clone()?);
@@ -356,7 +361,7 @@ fn start_stubbed(stubbed: &Stubbed, mut fds: Vec<OwnedFd>) -> Result<Wire> {
         &container.asked(stubbed.added.request(false)),
         &fds,
     )?;
-    hear(&mut wire)?;
+    receive_response(&mut wire)?;
     pass_on(signals, &sandbox, terminal)?;
     Ok(wire)
 }

@@ -5,13 +5,13 @@
 //! sandbox's network namespace, and it exits with the container's status. The other commands find it by the state stored
 //! under `--root` ([`state`]) and send it requests over a socket ([`ask`]).
 
-mod ask;
 mod capabilities;
 mod cli;
 mod console;
 mod create;
 mod events;
 mod exec;
+mod ipc;
 mod life;
 mod list;
 mod logging;
@@ -31,7 +31,7 @@ use clap::CommandFactory as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use cli::{Cli, Command};
 use koya::vmm::guest_text;
-use preserved::Given;
+use preserved::PreservedFds;
 use std::io::Write as _;
 use std::process::ExitCode;
 
@@ -70,7 +70,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
     };
-    let given = Given::take(&cli.command);
+    let given = PreservedFds::take(&cli.command);
     if let Err(error) = logging::start(&cli.globals) {
         writeln!(std::io::stderr(), "{error:#}").ok();
         return ExitCode::from(FAILED);
@@ -85,7 +85,7 @@ pub fn main() -> ExitCode {
             // Callers show the last error in the log, or standard error without a log.
             log::error!("{error:#}");
             if logging::is_to_file() {
-                let text = guest_text::whole(format!("{error:#}"));
+                let text = guest_text::sanitize(format!("{error:#}"));
                 writeln!(std::io::stderr(), "{text}").ok();
             }
             ExitCode::from(failed)
@@ -93,7 +93,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn carry_out(cli: Cli, given: &Given) -> Outcome {
+fn carry_out(cli: Cli, given: &PreservedFds) -> Outcome {
     let root = state::Root::of(&cli.globals);
     let words = std::env::args().skip(1).collect::<Vec<_>>();
     log::debug!("koya-runtime {}", words.join(" "));

@@ -1,8 +1,8 @@
 //! `start`, `kill`, `delete`, `pause`, `resume`.
 
-use crate::ask::{Request, ask};
 use crate::cli::{DeleteArgs, KillArgs};
 use crate::console::{copy_size, spawn};
+use crate::ipc::{Request, send_request};
 use crate::state::{self, Container, Root, Status, Stored};
 use crate::{Outcome, create, signal};
 use anyhow::{Context, Result, bail};
@@ -24,7 +24,7 @@ const GROUP_LIMIT: Duration = Duration::from_secs(2);
 
 pub(crate) fn start(root: &Root, id: &str) -> Outcome {
     let (container, _lock) = root.lock(id)?;
-    create::start_made(&container)?;
+    create::start_created(&container)?;
     Ok(0)
 }
 
@@ -45,7 +45,7 @@ pub(crate) fn kill(root: &Root, args: &KillArgs) -> Outcome {
         signal,
         all: args.all,
     };
-    match ask(&container, request) {
+    match send_request(&container, request) {
         Err(error) if !args.all && container.status() == Status::Stopped => {
             log::debug!("{error:#}");
             bail!("container not running")
@@ -58,7 +58,7 @@ pub(crate) fn kill(root: &Root, args: &KillArgs) -> Outcome {
 pub(crate) fn pause(root: &Root, id: &str) -> Outcome {
     let (container, _lock) = root.lock(id)?;
     match container.status() {
-        Status::Running => ask(&container, Request::Pause).map(|_| 0),
+        Status::Running => send_request(&container, Request::Pause).map(|_| 0),
         status => bail!("container not running: it is {status}"),
     }
 }
@@ -66,7 +66,7 @@ pub(crate) fn pause(root: &Root, id: &str) -> Outcome {
 pub(crate) fn resume(root: &Root, id: &str) -> Outcome {
     let (container, _lock) = root.lock(id)?;
     match container.status() {
-        Status::Paused => ask(&container, Request::Resume).map(|_| 0),
+        Status::Paused => send_request(&container, Request::Resume).map(|_| 0),
         _ => bail!("container not paused"),
     }
 }
@@ -112,7 +112,7 @@ pub(crate) fn remove(container: &Container) -> Result<()> {
     }
     fs::remove_dir_all(&container.directory)
         .with_context(|| format!("cannot remove {}", container.directory.display()))?;
-    let state = state::told_to_hooks(&container.stored, ContainerState::Stopped)?;
+    let state = state::hook_state(&container.stored, ContainerState::Stopped)?;
     let Stored { hooks, .. } = &container.stored;
     let place = container.stored.place();
     if let Err(error) = hooks::run_poststop(Kind::Poststop.of(hooks), &state, place) {
@@ -135,7 +135,7 @@ fn end(container: &Container) -> Result<()> {
         signal: 9,
         all: true,
     };
-    let limit = match ask(container, request) {
+    let limit = match send_request(container, request) {
         Err(error) if container.status() != Status::Stopped => {
             log::debug!("{error:#}");
             Duration::ZERO

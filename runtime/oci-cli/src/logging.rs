@@ -111,7 +111,7 @@ pub(crate) fn now() -> DateTime<Utc> {
 fn line(is_json: bool, level: &str, message: &str) -> String {
     let now = now().to_rfc3339_opts(SecondsFormat::Secs, true);
     // JSON escapes only some control characters, and callers show the message on terminals.
-    let message = guest_text::whole(message);
+    let message = guest_text::sanitize(message);
     let message_json = serde_json::Value::from(message.as_str());
     match is_json {
         true => {

@@ -5,9 +5,9 @@
 //! container's status; the container itself is in the virtual machine of the other one's process.
 
 use crate::Outcome;
-use crate::ask::{Answer, Asked, Boot, Create, Request, hear};
 use crate::exec::{end, pass_on};
-use crate::serve::{Served, descriptors, follow, read_spec, streams};
+use crate::ipc::{Boot, ContainerRequest, Create, Request, Response, receive_response};
+use crate::serve::{ServerState, descriptors, follow, read_spec, streams};
 use crate::signal::PASSED;
 use crate::state::{self, Container, Root, Stored};
 use anyhow::{Context, Result, bail};
@@ -15,7 +15,7 @@ use koya::Settings;
 use koya::oci_spec::runtime::LinuxNamespaceType;
 use koya::vmm::host::sys::unshare_fs_state;
 use koya_tasks::wire::{Wire, send};
-use koya_tasks::{CreateTask, Joins, PidHolder, Spec};
+use koya_tasks::{CreateTask, PidHolder, SandboxMembership, Spec};
 use nix::sched::{CloneFlags, setns};
 use signal_hook::iterator::Signals;
 use std::fs::File;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// If these are not all of one virtual machine, or its network is not among them.
-pub(crate) fn owner(root: &Root, spec: &Spec) -> Result<Option<Joins>> {
+pub(crate) fn owner(root: &Root, spec: &Spec) -> Result<Option<SandboxMembership>> {
     let named = spec.named_processes();
     if named.is_empty() || !root.path.exists() {
         return Ok(None);
@@ -43,8 +43,8 @@ pub(crate) fn owner(root: &Root, spec: &Spec) -> Result<Option<Joins>> {
 fn joins<'a>(
     named: &[(LinuxNamespaceType, u32)],
     find: impl Fn(u32) -> Option<&'a Stored>,
-) -> Result<Option<Joins>> {
-    let mut joins = Joins::default();
+) -> Result<Option<SandboxMembership>> {
+    let mut joins = SandboxMembership::default();
     let mut has_network = false;
     let mut last_kind = LinuxNamespaceType::Network;
     for (kind, pid) in named {
@@ -54,7 +54,7 @@ fn joins<'a>(
         let sandbox = stored.owner.as_ref().unwrap_or(&stored.id);
         if !joins.sandbox.is_empty() && joins.sandbox != *sandbox {
             bail!(
-                "the {kind} namespace is of {}, others are of {}: these are two virtual machines",
+                "the {kind} namespace belongs to {}, others to {}: they are in different virtual machines",
                 stored.id,
                 joins.sandbox
             );
@@ -82,9 +82,9 @@ fn joins<'a>(
 }
 
 /// The main function of the process that represents such a container; returns its exit status.
-pub(crate) fn stand(
+pub(crate) fn run_member(
     boot: &Boot,
-    joins: &Joins,
+    joins: &SandboxMembership,
     spec: &Spec,
     fds: Vec<OwnedFd>,
     stream: &UnixStream,
@@ -92,34 +92,39 @@ pub(crate) fn stand(
     first_thread: &PidHolder,
 ) -> Outcome {
     let signals = Signals::new(PASSED)?;
-    send(stream, &Answer::Done, &[])?;
+    send(stream, &Response::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
-        bail!("the command that made this ended");
+        bail!("the creating command ended early");
     }
     let owner = Root::of_container(&boot.directory)?.find(&joins.sandbox)?;
     let (fds, terminal) = streams(boot, spec, fds)?;
     let machine = ask_for(boot, joins, &owner, &fds)?;
     drop(fds);
     let mut end_of = Wire::new(machine.try_clone()?);
-    hear(&mut end_of)?;
+    receive_response(&mut end_of)?;
     first_thread.show(spec.files(&boot.bundle));
     pass_on(signals, &machine, terminal)?;
     state::listen_at(&boot.directory, &owner.directory)?;
-    send(stream, &Answer::Done, &[])?;
+    send(stream, &Response::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
         state::stop_listening(&boot.directory);
         // The requesting command has gone, so the container is killed.
         machine.shutdown(std::net::Shutdown::Both).ok();
-        bail!("the command that made this ended");
+        bail!("the creating command ended early");
     }
     let status = end(&mut end_of);
     state::stop_listening(&boot.directory);
     Ok(status)
 }
 
-fn ask_for(boot: &Boot, joins: &Joins, owner: &Container, fds: &[OwnedFd]) -> Result<UnixStream> {
+fn ask_for(
+    boot: &Boot,
+    joins: &SandboxMembership,
+    owner: &Container,
+    fds: &[OwnedFd],
+) -> Result<UnixStream> {
     let machine = owner.connect()?;
-    let asked = Asked {
+    let asked = ContainerRequest {
         id: boot.id.clone(),
         request: Request::Create(Create {
             bundle: boot.bundle.clone(),
@@ -142,14 +147,14 @@ fn ask_for(boot: &Boot, joins: &Joins, owner: &Container, fds: &[OwnedFd]) -> Re
 pub(crate) fn create(
     stream: &UnixStream,
     wire: Wire,
-    served: &Arc<Served>,
+    served: &Arc<ServerState>,
     id: String,
     create: Create,
     mut fds: Vec<OwnedFd>,
-) -> Result<Answer> {
+) -> Result<Response> {
     let tasks = &served.tasks;
     if fds.is_empty() {
-        bail!("no mount namespace came");
+        bail!("no mount namespace was received");
     }
     // Mounts made after the start of this process may be missing in its own mount namespace.
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
@@ -163,14 +168,14 @@ pub(crate) fn create(
         joins: Some(create.joins),
         settings: Settings::load()?,
     })?;
-    send(stream, &Answer::Done, &[]).ok();
+    send(stream, &Response::Done, &[]).ok();
     follow(wire, served.clone(), id.clone(), String::new())?;
     let exit = tasks.wait(&id, "");
     // Its root must be free once its end is reported.
     if let Err(error) = tasks.delete(&id, "") {
         log::warn!("{id}: {error}");
     }
-    Ok(Answer::Ended(exit?.status))
+    Ok(Response::Ended(exit?.status))
 }
 
 /// Makes this thread resolve paths in another mount namespace.

@@ -56,12 +56,12 @@ impl Count {
 
 /// The descriptors given to a command.
 #[derive(Debug, Default)]
-pub(crate) struct Given {
+pub(crate) struct PreservedFds {
     pub(crate) count: Count,
     fds: Vec<OwnedFd>,
 }
 
-impl Given {
+impl PreservedFds {
     /// Takes them over, before anything is opened that could get their numbers.
     ///
     /// # Errors

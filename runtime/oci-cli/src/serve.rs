@@ -4,8 +4,8 @@
 //! container's streams. It enters the sandbox's namespaces while it is single-threaded, so that `/proc/PID/ns/net` of its
 //! PID is the sandbox's; then hooks may run, and then the container is created.
 
-use crate::ask::{Answer, Asked, Boot, Request};
 use crate::console::{self, Pty, spawn};
+use crate::ipc::{Boot, ContainerRequest, Request, Response};
 use crate::preserved::{self, Count};
 use crate::signal::PASSED;
 use crate::source::Source;
@@ -39,7 +39,7 @@ const LAST_ANSWER: Duration = Duration::from_millis(50);
 const LISTENS: Duration = Duration::from_millis(500);
 
 /// Receiver of the end of the container's process, and counter of OOM events.
-struct Told {
+struct TaskEvents {
     id: String,
     end: Mutex<Sender<Exit>>,
     /// By container.
@@ -47,7 +47,7 @@ struct Told {
     counted: Condvar,
 }
 
-impl EventSink for Told {
+impl EventSink for TaskEvents {
     fn send(&self, event: Event) {
         match event {
             Event::Exited {
@@ -68,7 +68,7 @@ impl EventSink for Told {
     }
 }
 
-impl Told {
+impl TaskEvents {
     fn ooms(&self, id: &str) -> u64 {
         let ooms = self.ooms.lock();
         ooms.map_or(0, |ooms| ooms.get(id).copied().unwrap_or(0))
@@ -88,11 +88,11 @@ impl Told {
 }
 
 /// The objects that requests act on.
-pub(crate) struct Served {
+pub(crate) struct ServerState {
     /// The container that this process represents; others may have joined its virtual machine.
     id: String,
     pub(crate) tasks: Arc<TaskSet>,
-    told: Arc<Told>,
+    told: Arc<TaskEvents>,
     terminal: Option<OwnedFd>,
     next_exec: AtomicU64,
 }
@@ -102,10 +102,10 @@ pub(crate) fn serve() -> Outcome {
     let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
-    rustix::process::setsid().context("this command is run by others of koya-runtime")?;
+    rustix::process::setsid().context("internal command, run only by koya-runtime itself")?;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((boot, fds)) = wire.receive::<Boot>()? else {
-        bail!("nothing is to be made");
+        bail!("no request was received");
     };
     boot.log.start()?;
     std::env::set_current_dir("/")?;
@@ -114,13 +114,13 @@ pub(crate) fn serve() -> Outcome {
     PidHolder::lend_first_thread("koya-owner", |first_thread| {
         let served = entered.and_then(|spec| match &boot.joins {
             Some(joins) => {
-                member::stand(&boot, joins, &spec, fds, &stream, &mut wire, &first_thread)
+                member::run_member(&boot, joins, &spec, fds, &stream, &mut wire, &first_thread)
             }
             None => run(&boot, spec, fds, &stream, &mut wire, first_thread),
         });
         served.or_else(|error| {
             // Printed by the command.
-            send(&stream, &Answer::Failed(format!("{error:#}")), &[]).ok();
+            send(&stream, &Response::Failed(format!("{error:#}")), &[]).ok();
             state::stop_listening(&boot.directory);
             Ok(crate::FAILED)
         })
@@ -169,9 +169,9 @@ fn run(
     wire: &mut Wire,
     first_thread: PidHolder,
 ) -> Outcome {
-    send(stream, &Answer::Done, &[])?;
+    send(stream, &Response::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
-        bail!("the command that made this ended");
+        bail!("the creating command ended early");
     }
     let (fds, terminal) = streams(boot, &spec, fds)?;
     let stdio = descriptors(fds, boot.is_own_terminal, boot.preserved)?;
@@ -181,7 +181,7 @@ fn run(
         first_thread: Some(first_thread),
         ..TaskSetConfig::default()
     };
-    let told = Arc::new(Told {
+    let told = Arc::new(TaskEvents {
         id: boot.id.clone(),
         end: sender.into(),
         ooms: Mutex::default(),
@@ -205,7 +205,7 @@ fn run(
         tasks.finish();
         return Err(error.into());
     }
-    let served = Arc::new(Served {
+    let served = Arc::new(ServerState {
         id: boot.id.clone(),
         tasks: tasks.clone(),
         told,
@@ -213,12 +213,14 @@ fn run(
         next_exec: AtomicU64::new(0),
     });
     listen(listener, served)?;
-    send(stream, &Answer::Done, &[])?;
+    send(stream, &Response::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
         finish(&tasks, &boot.directory);
-        bail!("the command that made this ended");
+        bail!("the creating command ended early");
     }
-    let exit = receiver.recv().context("the container's end is not told")?;
+    let exit = receiver
+        .recv()
+        .context("no exit of the container was reported")?;
     finish(&tasks, &boot.directory);
     Ok(exit.status as u8)
 }
@@ -241,7 +243,7 @@ pub(crate) fn streams(
         return Ok((fds, None));
     }
     let mut fds = fds.into_iter();
-    let to = fds.next().context("no console socket came")?;
+    let to = fds.next().context("no console socket was received")?;
     let pty = Pty::open(spec.console_size())?;
     console::control(&pty.slave)?;
     pty.send_master(&to.into())?;
@@ -278,7 +280,7 @@ pub(crate) fn descriptors(
             keep_newlines: false,
             preserved,
         },
-        _ => bail!("the streams did not come"),
+        _ => bail!("the standard streams were not received"),
     };
     Ok(StdioConfig::Descriptors(open))
 }
@@ -309,13 +311,13 @@ fn resize(tasks: &TaskSet, id: &str, terminal: &OwnedFd) -> Result<(), koya_task
     tasks.resize(id, "", rows, columns)
 }
 
-fn listen(listener: UnixListener, served: Arc<Served>) -> Result<()> {
+fn listen(listener: UnixListener, served: Arc<ServerState>) -> Result<()> {
     spawn("koya-control", move || {
         for stream in listener.incoming().flatten() {
             let served = served.clone();
             let spawned = spawn("koya-request", move || {
                 let answer = carry_out(&stream, &served)
-                    .unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+                    .unwrap_or_else(|error| Response::Failed(format!("{error:#}")));
                 if let Err(error) = send(&stream, &answer, &[]) {
                     log::debug!("nobody waits for {answer:?}: {error:#}");
                 }
@@ -327,10 +329,10 @@ fn listen(listener: UnixListener, served: Arc<Served>) -> Result<()> {
     })
 }
 
-fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
+fn carry_out(stream: &UnixStream, served: &Arc<ServerState>) -> Result<Response> {
     let mut wire = Wire::new(stream.try_clone()?);
-    let Some((Asked { id, request }, fds)) = wire.receive()? else {
-        bail!("nothing was asked");
+    let Some((ContainerRequest { id, request }, fds)) = wire.receive()? else {
+        bail!("no request was received");
     };
     let (tasks, id) = (&served.tasks, id.as_str());
     match request {
@@ -341,7 +343,7 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
                 koya_tasks::Status::Paused => Status::Paused,
                 koya_tasks::Status::Stopped => Status::Stopped,
             };
-            return Ok(Answer::Status(status));
+            return Ok(Response::Status(status));
         }
         Request::Start => {
             tasks.start(id, "")?;
@@ -359,8 +361,8 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
             let resources = read_resources(resources.to_string().as_bytes())?;
             tasks.update(id, &resources)?;
         }
-        Request::Stats => return Ok(Answer::Stats(events::data(&tasks.stats(id)?))),
-        Request::Ooms => return tell_ooms(stream, &served.told, id),
+        Request::Stats => return Ok(Response::Stats(events::data(&tasks.stats(id)?))),
+        Request::Ooms => return stream_oom_events(stream, &served.told, id),
         Request::Exec {
             process,
             is_own_terminal,
@@ -383,45 +385,50 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
         }
         Request::Resize(..) | Request::Signal(_) => bail!("this connection has no process"),
     }
-    Ok(Answer::Done)
+    Ok(Response::Done)
 }
 
 /// Reports the OOM events of a container until the client disconnects.
-fn tell_ooms(stream: &UnixStream, told: &Told, id: &str) -> Result<Answer> {
+fn stream_oom_events(stream: &UnixStream, told: &TaskEvents, id: &str) -> Result<Response> {
     let mut known = told.ooms(id);
     loop {
         let ooms = told.ooms_after(id, known);
         for _ in known..ooms {
-            send(stream, &Answer::Oom, &[])?;
+            send(stream, &Response::Oom, &[])?;
         }
         known = ooms;
         let mut polled = [PollFd::new(stream, PollFlags::RDHUP)];
         if poll(&mut polled, Some(&Timespec::default()))? > 0 {
-            return Ok(Answer::Done);
+            return Ok(Response::Done);
         }
     }
 }
 
 /// Runs a process and waits for its end.
-fn exec(stream: &UnixStream, wire: Wire, served: &Arc<Served>, task: ExecTask) -> Result<Answer> {
+fn exec(
+    stream: &UnixStream,
+    wire: Wire,
+    served: &Arc<ServerState>,
+    task: ExecTask,
+) -> Result<Response> {
     let (id, exec_id) = (task.id.clone(), task.exec_id.clone());
     let (tasks, id) = (&served.tasks, id.as_str());
     tasks.exec(task)?;
     let ran = tasks.start(id, &exec_id).map_err(anyhow::Error::from);
     let exit = ran.and_then(|_| {
-        send(stream, &Answer::Started, &[]).ok();
+        send(stream, &Response::Started, &[]).ok();
         follow(wire, served.clone(), id.to_owned(), exec_id.clone())?;
         tasks.wait(id, &exec_id).map_err(|error| anyhow!("{error}"))
     });
     tasks.delete(id, &exec_id).ok();
-    Ok(Answer::Ended(exit?.status))
+    Ok(Response::Ended(exit?.status))
 }
 
 /// Forwards sizes of a terminal and signals until the connection ends: the process that represents it on the host was
 /// killed, or has been told of its end. An empty `exec_id` means the container's own process.
 pub(crate) fn follow(
     mut wire: Wire,
-    served: Arc<Served>,
+    served: Arc<ServerState>,
     id: String,
     exec_id: String,
 ) -> Result<()> {

@@ -4,11 +4,11 @@
 //! A command that changes a container holds a lock (flock(2)) on its directory. A directory without `state.json` belongs to
 //! a container that is being created, or whose creation was interrupted.
 
-use crate::ask::{Answer, Asked, Request, ask};
 use crate::cli::Globals;
+use crate::ipc::{ContainerRequest, Request, Response, send_request};
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
-use koya_tasks::hooks::Place;
+use koya_tasks::hooks::HookContext;
 use koya_tasks::is_in_user_namespace;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
@@ -71,8 +71,8 @@ pub(crate) struct Stored {
 
 impl Stored {
     /// The environment of its hooks. This process has not changed its namespaces.
-    pub(crate) fn place(&self) -> Place<'_> {
-        Place {
+    pub(crate) fn place(&self) -> HookContext<'_> {
+        HookContext {
             directory: &self.bundle,
             network: None,
         }
@@ -239,8 +239,8 @@ impl Container {
     }
 
     /// A request for this container, in the form that is sent.
-    pub(crate) fn asked(&self, request: Request) -> Asked {
-        Asked {
+    pub(crate) fn asked(&self, request: Request) -> ContainerRequest {
+        ContainerRequest {
             id: self.stored.id.clone(),
             request,
         }
@@ -250,8 +250,8 @@ impl Container {
         if !self.is_alive() {
             return Status::Stopped;
         }
-        match ask(self, Request::Status) {
-            Ok(Answer::Status(status)) => status,
+        match send_request(self, Request::Status) {
+            Ok(Response::Status(status)) => status,
             // It is ending, or too busy to reply: then it is running.
             _ if !self.is_alive() || !self.directory.join(SOCKET).exists() => Status::Stopped,
             _ => Status::Running,
@@ -303,7 +303,7 @@ pub(crate) struct State<'a> {
 }
 
 /// The state passed to hooks.
-pub(crate) fn told_to_hooks(stored: &Stored, status: ContainerState) -> Result<oci::State> {
+pub(crate) fn hook_state(stored: &Stored, status: ContainerState) -> Result<oci::State> {
     let mut state = StateBuilder::default();
     if !stored.annotations.is_empty() {
         let annotations = stored.annotations.clone().into_iter();

@@ -1,8 +1,8 @@
 //! `update`: changes the limits of a running container.
 
 use crate::Outcome;
-use crate::ask::{Request, ask};
 use crate::cli::UpdateArgs;
+use crate::ipc::{Request, send_request};
 use crate::state::{Root, Status};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ pub(crate) fn update(root: &Root, args: &UpdateArgs) -> Outcome {
     if container.status() == Status::Stopped {
         bail!("container not running");
     }
-    ask(&container, Request::Update(resources))?;
+    send_request(&container, Request::Update(resources))?;
     Ok(0)
 }
 
@@ -35,7 +35,7 @@ fn resources(args: &UpdateArgs) -> Result<Value> {
         return serde_json::from_str(&text).with_context(|| format!("{file}: not understood"));
     }
     if args.cpu_rt_period.is_some() || args.cpu_rt_runtime.is_some() {
-        bail!("--cpu-rt-period, --cpu-rt-runtime: control groups of version 2 have no such limits");
+        bail!("--cpu-rt-period, --cpu-rt-runtime: cgroup v2 has no such limits");
     }
     let section = |pairs: Vec<(&str, Option<Value>)>| {
         let pairs = pairs.into_iter();

@@ -32,12 +32,12 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
     let mut is_gone = true;
     if socket.exists() {
         let client = Client::connect(&format!("unix://{}", socket.display())).ok();
-        let answers = |client: &Client| asks(client, "Connect", &connect(&flags.id));
+        let answers = |client: &Client| request(client, "Connect", &connect(&flags.id));
         match client.filter(answers) {
             // It ends if it has no container left.
             Some(client) => {
                 is_gone = false;
-                _ = asks(&client, "Shutdown", &ShutdownRequest::new());
+                _ = request(&client, "Shutdown", &ShutdownRequest::new());
             }
             None => {
                 if let Some(pid) = shim {
@@ -86,7 +86,7 @@ fn connect(id: &str) -> ConnectRequest {
 }
 
 /// Sends a request to a shim; true if it replies.
-fn asks(client: &Client, method: &str, request: &impl Message) -> bool {
+fn request(client: &Client, method: &str, request: &impl Message) -> bool {
     // The crate's own client uses another service name.
     let call = ttrpc::Request {
         service: SERVED_AS.into(),

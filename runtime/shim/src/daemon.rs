@@ -46,7 +46,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     // Errors from here on are the reply to Create: containerd already has the address.
     let ready = spec.enter_namespaces().map_err(anyhow::Error::from);
     let ready = ready.and_then(|()| match is_core_scheduling_asked() {
-        true => koya::keep_cores_apart().context("SCHED_CORE"),
+        true => koya::enable_core_scheduling().context("SCHED_CORE"),
         false => Ok(()),
     });
     if let Some(group) = spec.cgroup()
@@ -109,7 +109,7 @@ fn serve_tasks(
             false => None,
         };
         if without.is_some_and(|since: Instant| since.elapsed() > FORGOTTEN) {
-            log::warn!("ends: no container for {FORGOTTEN:?}");
+            log::warn!("exiting: no container for {FORGOTTEN:?}");
             break;
         }
     }

@@ -72,7 +72,7 @@ fn launch(flags: &Flags, bundle: &Path, socket: &Path, label: Option<&str>) -> R
 /// Sets the SELinux label of the long-lived process, if the host has SELinux and the host's settings enable it.
 fn label_process(label: Option<&str>) -> Result<()> {
     match label {
-        Some(label) if selinux::is_there() && Settings::load()?.selinux => {
+        Some(label) if selinux::is_enabled() && Settings::load()?.selinux => {
             selinux::label_next_exec(label)
         }
         _ => Ok(()),

@@ -15,7 +15,7 @@ const POLICIES: &str = "/etc/selinux";
 const CONTEXTS: &str = "contexts/lxc_contexts";
 
 /// Whether the host has SELinux.
-pub(crate) fn is_there() -> bool {
+pub(crate) fn is_enabled() -> bool {
     Path::new(ENFORCE).exists()
 }
 

@@ -67,7 +67,7 @@ pub(crate) struct Service {
 }
 
 /// Converts an error to the codes of containerd's clients, which show its text on terminals: it may contain words of an image.
-fn refused(error: Error) -> ttrpc::Error {
+fn to_ttrpc_error(error: Error) -> ttrpc::Error {
     let code = match &error {
         Error::NotFound(_) | Error::Finished(_) => Code::NOT_FOUND,
         Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
@@ -75,7 +75,7 @@ fn refused(error: Error) -> ttrpc::Error {
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Failed(_) => Code::UNKNOWN,
     };
-    let text = guest_text::whole(error.to_string());
+    let text = guest_text::sanitize(error.to_string());
     ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
 }
 
@@ -91,7 +91,7 @@ impl Service {
         if let Err(error) = &done {
             log::debug!("{error}");
         }
-        done.map_err(refused)
+        done.map_err(to_ttrpc_error)
     }
 }
 
@@ -147,7 +147,7 @@ fn exec_of(request: ExecProcessRequest) -> Result<ExecTask, Error> {
 impl Task for Service {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         let state = self.tasks.state(&request.id, &request.exec_id);
-        let state = state.map_err(refused)?;
+        let state = state.map_err(to_ttrpc_error)?;
         let status = match state.status {
             Status::Created => api::Status::CREATED,
             Status::Running => api::Status::RUNNING,
@@ -215,7 +215,7 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let process = ProcessInfo {
-            pid: self.tasks.pid(&request.id).map_err(refused)?,
+            pid: self.tasks.pid(&request.id).map_err(to_ttrpc_error)?,
             ..Default::default()
         };
         Ok(PidsResponse {
@@ -235,7 +235,9 @@ impl Task for Service {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(refused(Error::Unsupported("checkpoints are not supported")))
+        Err(to_ttrpc_error(Error::Unsupported(
+            "checkpoints are not supported",
+        )))
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
@@ -248,7 +250,7 @@ impl Task for Service {
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
         let added = exec_of(request).and_then(|exec| self.tasks.exec(exec));
-        added.map_err(refused)?;
+        added.map_err(to_ttrpc_error)?;
         Ok(Empty::new())
     }
 
@@ -267,7 +269,7 @@ impl Task for Service {
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
         if request.stdin {
             let closed = self.tasks.close_stdin(&request.id, &request.exec_id);
-            closed.map_err(refused)?;
+            closed.map_err(to_ttrpc_error)?;
         }
         Ok(Empty::new())
     }
@@ -287,8 +289,8 @@ impl Task for Service {
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let watch = self.tasks.watch(&request.id, &request.exec_id);
-        let exit = watch.map_err(refused)?.wait().await;
-        let gone = || refused(Error::NotFound(format!("container {}", request.id)));
+        let exit = watch.map_err(to_ttrpc_error)?.wait().await;
+        let gone = || to_ttrpc_error(Error::NotFound(format!("container {}", request.id)));
         let exit = exit.ok_or_else(gone)?;
         Ok(WaitResponse {
             exit_status: exit.status,
@@ -299,8 +301,8 @@ impl Task for Service {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let stats = self.work(move |tasks| tasks.stats(&request.id)).await?;
-        let stats =
-            any(metrics::NAME, &metrics::metrics(&stats)).map_err(|error| refused(error.into()))?;
+        let stats = any(metrics::NAME, &metrics::metrics(&stats))
+            .map_err(|error| to_ttrpc_error(error.into()))?;
         Ok(StatsResponse {
             stats: Some(stats).into(),
             ..Default::default()
@@ -336,7 +338,7 @@ mod tests {
     #[test]
     fn errors_have_no_control_characters() {
         let words = "no user a\x1b]0;title\x07b\u{9b}2J\u{202e}c";
-        let ttrpc::Error::RpcStatus(status) = refused(Error::NotFound(words.into())) else {
+        let ttrpc::Error::RpcStatus(status) = to_ttrpc_error(Error::NotFound(words.into())) else {
             panic!("another kind of error");
         };
         assert_eq!(status.code(), Code::NOT_FOUND);

@@ -1,7 +1,7 @@
 //! Errors returned by the agent.
 
 use crate::{Error, ErrorKind};
-use koya_protocol::{Refused, refused};
+use koya_protocol::{ErrorReason, refused};
 use koya_vmm::guest_text;
 use std::time::Duration;
 
@@ -14,18 +14,18 @@ pub(super) fn failed(
     let agent = |kind, reason: &str| Error::Agent {
         operation,
         kind,
-        reason: guest_text::line(reason),
+        reason: guest_text::sanitize_line(reason),
     };
     let status = match (error, overdue) {
         (ttrpc::Error::RpcStatus(status), _) => status,
-        (ttrpc::Error::Socket(_), _) => return Error::HungUp { operation },
-        (_, Some(waited)) => return Error::Overdue { operation, waited },
+        (ttrpc::Error::Socket(_), _) => return Error::AgentDisconnected { operation },
+        (_, Some(waited)) => return Error::Timeout { operation, waited },
         (other, None) => return agent(ErrorKind::Guest, &other.to_string()),
     };
     let Some(refused) = refused(&status) else {
         return match status.code() {
             // The agent has the same limit, and may have noticed its expiry first.
-            ttrpc::Code::DEADLINE_EXCEEDED => Error::Overdue {
+            ttrpc::Code::DEADLINE_EXCEEDED => Error::Timeout {
                 operation,
                 waited: overdue.unwrap_or_default(),
             },
@@ -38,22 +38,22 @@ pub(super) fn failed(
         text => text.to_owned(),
     };
     match refused {
-        Refused::NoProcess(reason) => Error::NoProcess {
+        ErrorReason::NoProcess(reason) => Error::NoProcess {
             operation,
-            reason: guest_text::line(reason),
+            reason: guest_text::sanitize_line(reason),
         },
-        Refused::NotExecutable {
+        ErrorReason::NotExecutable {
             exit_status,
             reason,
         } => Error::NotExecutable {
             // Only the two statuses of a shell: a guest could report success.
             status: if exit_status == 126 { 126 } else { 127 },
-            reason: guest_text::line(reason),
+            reason: guest_text::sanitize_line(reason),
         },
-        Refused::NotFound(_) => agent(ErrorKind::NotFound, &text),
-        Refused::AlreadyExists(_) => agent(ErrorKind::AlreadyExists, &text),
-        Refused::Invalid(_) => agent(ErrorKind::InvalidConfiguration, &text),
-        Refused::InUse(_) => agent(ErrorKind::InUse, &text),
-        Refused::Unsupported(_) => agent(ErrorKind::Unsupported, &text),
+        ErrorReason::NotFound(_) => agent(ErrorKind::NotFound, &text),
+        ErrorReason::AlreadyExists(_) => agent(ErrorKind::AlreadyExists, &text),
+        ErrorReason::Invalid(_) => agent(ErrorKind::InvalidConfiguration, &text),
+        ErrorReason::InUse(_) => agent(ErrorKind::InUse, &text),
+        ErrorReason::Unsupported(_) => agent(ErrorKind::Unsupported, &text),
     }
 }

@@ -1,7 +1,7 @@
 //! Handling of an agent's replies, and of missing ones.
 
 use super::*;
-use koya_protocol::Refused;
+use koya_protocol::ErrorReason;
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::sync::Mutex;
@@ -14,7 +14,7 @@ fn what_does_not_fit_into_a_message_is_refused_before_it_is_sent() {
     assert!(exec(MAX_JSON).is_ok());
     let refused = exec(MAX_JSON + 1).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::InvalidConfiguration, "{refused}");
-    let needs = Needs::default();
+    let needs = GuestResources::default();
     let created = agent.create("c", vec![b' '; MAX_JSON + 1], needs, Stdio::default());
     assert!(matches!(created, Err(Error::Invalid { .. })));
 }
@@ -23,9 +23,12 @@ fn what_does_not_fit_into_a_message_is_refused_before_it_is_sent() {
 fn a_silent_agent_is_told_from_one_that_refuses() {
     use crate::test_agent::{Word, agent};
     let gone = agent(|_| Word::HangUp);
-    assert!(matches!(gone.has_ended("a"), Err(Error::HungUp { .. })));
+    assert!(matches!(
+        gone.has_ended("a"),
+        Err(Error::AgentDisconnected { .. })
+    ));
     let silent = agent(|_| Word::Silence);
-    assert!(matches!(silent.has_ended("a"), Err(Error::Overdue { .. })));
+    assert!(matches!(silent.has_ended("a"), Err(Error::Timeout { .. })));
     let broken = agent(|_| Word::Error);
     assert!(matches!(broken.has_ended("a"), Err(Error::Agent { .. })));
     assert!(agent(|_| Word::Ok).has_ended("a").is_ok());
@@ -34,7 +37,7 @@ fn a_silent_agent_is_told_from_one_that_refuses() {
 #[test]
 fn the_agents_kinds_are_told_apart_and_its_text_decides_nothing() {
     let error = |status| failed("x", ttrpc::Error::RpcStatus(status), None);
-    let refused = Refused::NotExecutable {
+    let refused = ErrorReason::NotExecutable {
         exit_status: 127,
         reason: "\x1b[1mnope: not found in PATH (/bin)".into(),
     };
@@ -45,17 +48,20 @@ fn the_agents_kinds_are_told_apart_and_its_text_decides_nothing() {
         (status, reason.as_str()),
         (127, "nope: not found in PATH (/bin)")
     );
-    let refused = Refused::NoProcess("it has ended".into());
+    let refused = ErrorReason::NoProcess("it has ended".into());
     assert!(matches!(error(refused.status("")), Error::NoProcess { .. }));
     let kinds = [
-        (Refused::NotFound("c".into()), ErrorKind::NotFound),
-        (Refused::AlreadyExists("c".into()), ErrorKind::AlreadyExists),
+        (ErrorReason::NotFound("c".into()), ErrorKind::NotFound),
         (
-            Refused::Invalid("c".into()),
+            ErrorReason::AlreadyExists("c".into()),
+            ErrorKind::AlreadyExists,
+        ),
+        (
+            ErrorReason::Invalid("c".into()),
             ErrorKind::InvalidConfiguration,
         ),
-        (Refused::InUse("c".into()), ErrorKind::InUse),
-        (Refused::Unsupported("c".into()), ErrorKind::Unsupported),
+        (ErrorReason::InUse("c".into()), ErrorKind::InUse),
+        (ErrorReason::Unsupported("c".into()), ErrorKind::Unsupported),
     ];
     for (refused, kind) in kinds {
         let error = error(refused.status("more of it"));

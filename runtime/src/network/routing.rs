@@ -46,7 +46,7 @@ impl Routing {
         };
         let joined = networks.iter().zip(1..).filter_map(|(network, index)| {
             Some(Interface {
-                interface: network.joined()?.to_owned(),
+                interface: network.takeover()?.to_owned(),
                 name: network.name.clone(),
                 index,
             })

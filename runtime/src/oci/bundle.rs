@@ -42,7 +42,7 @@ impl Bundle {
 /// # Errors
 /// The unsupported or invalid part.
 pub fn check_configuration(spec: &Spec) -> Result<(), Error> {
-    super::refuse_what_cannot_be_had(spec)
+    super::check_supported(spec)
 }
 
 impl Sandbox {
@@ -66,7 +66,7 @@ impl Sandbox {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SharedNamespaces {
     /// The pid namespace.
-    pub pids: SharedPids,
+    pub pids: SharedPidNamespace,
     /// The container whose IPC namespace it joins; `None` is that of the sandbox.
     pub ipc: Option<String>,
     /// The same for the UTS namespace.
@@ -75,7 +75,7 @@ pub struct SharedNamespaces {
 
 /// Meaning of a pid namespace that is named by path: such paths are of the host, the processes are in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum SharedPids {
+pub enum SharedPidNamespace {
     /// Unknown: it is refused.
     #[default]
     Unknown,

@@ -3,7 +3,7 @@
 mod own_mounts;
 mod resolver;
 
-pub use resolver::search_and_options;
+pub use resolver::resolver_options;
 
 use super::{Bundle, SharedNamespaces, capabilities, process};
 use crate::account::Accounts;
@@ -62,7 +62,11 @@ pub(crate) fn bundle(
     });
     let allowed: Process = serde_json::from_value(allowed).map_err(wrong)?;
     let mut spec: Spec = serde_json::from_value(spec).map_err(wrong)?;
-    spec.set_process(Some(process::like(&allowed, &config.process, accounts)?));
+    spec.set_process(Some(process::with_privileges_of(
+        &allowed,
+        &config.process,
+        accounts,
+    )?));
     Ok(Bundle {
         spec,
         // Paths in it are relative to this process.

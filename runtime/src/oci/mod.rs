@@ -21,7 +21,7 @@ mod users;
 mod valid;
 
 pub(crate) use bundle::Root;
-pub use bundle::{Bundle, SharedNamespaces, SharedPids, check_configuration};
+pub use bundle::{Bundle, SharedNamespaces, SharedPidNamespace, check_configuration};
 pub(crate) use devices::HostDisk;
 pub(crate) use mounts::OnHost;
 pub use process::DEFAULT_PATH;
@@ -74,7 +74,7 @@ pub(crate) fn adapt(
         rootfs,
         shared,
     } = bundle;
-    refuse_what_cannot_be_had(&spec)?;
+    check_supported(&spec)?;
     mounts::plain_places(&mut spec);
     own_root::adapt(&mut spec, &directory, &rootfs)?;
     let root = adapt_root(id, rootfs, root, &mut spec);
@@ -89,7 +89,7 @@ pub(crate) fn adapt(
         linux.set_rootfs_propagation(propagation.transpose()?);
         devices = devices::adapt(linux, is_read_only)?;
         if let Some(resources) = linux.resources_mut() {
-            only_the_guests(resources);
+            retain_guest_limits(resources);
         }
     }
     let mut mount_points = mounts.points;
@@ -152,7 +152,7 @@ fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<
 ///
 /// # Errors
 /// The part, by name.
-fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
+fn check_supported(spec: &Spec) -> Result<(), Error> {
     valid::check(spec)?;
     let Some(process) = spec.process() else {
         return Err(Error::invalid("process", "it is missing"));
@@ -222,7 +222,7 @@ fn root_propagation(wanted: &str) -> Result<String, Error> {
 
 /// Reduces limits to those that the guest's control groups support. Its CPUs, disks and huge pages are not the host's;
 /// limits for CPUs and disks of the host are those of the sandbox's control group.
-pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
+pub(crate) fn retain_guest_limits(resources: &mut oci::LinuxResources) {
     resources.set_block_io(None);
     resources.set_network(None);
     resources.set_rdma(None);

@@ -28,7 +28,7 @@ pub(super) struct Adapted {
 }
 
 /// The resource that a mount in the guest needs.
-enum Needs {
+enum MountSource {
     Nothing,
     /// A device of the guest.
     Device,
@@ -54,12 +54,12 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
     let mut mounts = Vec::new();
     for (number, mount) in spec.mounts().iter().flatten().enumerate() {
         let mapped = users::of(spec, mount)?;
-        let (mut mount, mut needs) = match is_literal && is_bind(mount) {
+        let (mut mount, mut source_kind) = match is_literal && is_bind(mount) {
             true => adapt_bind(id, number, directory, mount)?,
             false => adapt_mount(id, number, directory, mount, shared_ipc)?,
         };
         if let Some(mapped) = mapped {
-            let Needs::Share(share) = &mut needs else {
+            let MountSource::Share(share) = &mut source_kind else {
                 let destination = mount.destination().display();
                 let why = "id-mapped mounts are only supported for bind-mounts of the host's files";
                 return Err(refuse("mounts", format!("{destination}: {why}")));
@@ -67,9 +67,9 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
             share.users = Some(mapped);
             users::remove(&mut mount);
         }
-        let is_file = match &needs {
-            Needs::Share(share) => !share.path.is_dir(),
-            Needs::Device => true,
+        let is_file = match &source_kind {
+            MountSource::Share(share) => !share.path.is_dir(),
+            MountSource::Device => true,
             // "tmpfs" is not a path.
             _ => mount
                 .source()
@@ -82,17 +82,17 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
         let point = (mount.destination().clone(), (!is_own).then_some(is_file));
         adapted.points.push(point);
         mounts.push(mount);
-        match needs {
-            Needs::Nothing | Needs::Device => {}
-            Needs::Share(share) => adapted.shares.push(share),
-            Needs::Volume(volume) => adapted.volumes.push(volume),
-            Needs::Direct(volume) => adapted.direct.push((number as u32, volume)),
+        match source_kind {
+            MountSource::Nothing | MountSource::Device => {}
+            MountSource::Share(share) => adapted.shares.push(share),
+            MountSource::Volume(volume) => adapted.volumes.push(volume),
+            MountSource::Direct(volume) => adapted.direct.push((number as u32, volume)),
         }
     }
     if namespaces::all(spec).any(|n| n.typ() == LinuxNamespaceType::User) {
         mounts.iter_mut().for_each(bind_sysfs);
     }
-    mounts.iter_mut().for_each(say_symfollow);
+    mounts.iter_mut().for_each(make_symfollow_recursive);
     spec.set_mounts(Some(mounts));
     Ok(adapted)
 }
@@ -119,7 +119,7 @@ fn bind_sysfs(mount: &mut Mount) {
 }
 
 /// Replaces these options by their recursive forms, the only ones that libcontainer supports.
-fn say_symfollow(mount: &mut Mount) {
+fn make_symfollow_recursive(mount: &mut Mount) {
     let Some(mut options) = mount.options().clone() else {
         return;
     };
@@ -138,7 +138,7 @@ fn adapt_mount(
     directory: &Path,
     mount: &Mount,
     shared_ipc: bool,
-) -> Result<(Mount, Needs), Error> {
+) -> Result<(Mount, MountSource), Error> {
     refuse_options(directory, mount)?;
     let destination = mount.destination().display();
     if !is_bind(mount) {
@@ -149,7 +149,7 @@ fn adapt_mount(
             adapted.set_typ(Some("bind".into()));
             adapted.set_source(Some(own_place(id, number)));
             adapted.set_options(Some(flags));
-            return Ok((adapted, Needs::Direct(volume)));
+            return Ok((adapted, MountSource::Direct(volume)));
         }
         let kind = mount.typ().as_deref().unwrap_or_default();
         if GUEST_MOUNTS.contains(&kind) {
@@ -162,7 +162,7 @@ fn adapt_mount(
             if source.is_none_or(|name| name.as_os_str().is_empty()) {
                 adapted.set_source(Some(kind.into()));
             }
-            return Ok((adapted, Needs::Nothing));
+            return Ok((adapted, MountSource::Nothing));
         }
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
         return Err(refuse("mounts", reason));
@@ -170,12 +170,12 @@ fn adapt_mount(
     let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
     if source.starts_with(OWN_ROOT) {
-        return Ok((adapted, Needs::Nothing));
+        return Ok((adapted, MountSource::Nothing));
     }
     // At any destination: a pod's own /dev/shm is often such a volume, with a size.
-    if let Some(volume) = ephemeral::behind(&source, number as u32) {
+    if let Some(volume) = ephemeral::volume_for_source(&source, number as u32) {
         adapted.set_source(Some(own_place(id, number)));
-        return Ok((adapted, Needs::Volume(volume)));
+        return Ok((adapted, MountSource::Volume(volume)));
     }
     // Shared memory is in the guest; containers that share IPC use the sandbox's.
     if mount.destination() == Path::new("/dev/shm")
@@ -183,19 +183,19 @@ fn adapt_mount(
     {
         if shared_ipc {
             adapted.set_source(Some(SHARED_MEMORY_DIR.into()));
-            return Ok((adapted, Needs::Nothing));
+            return Ok((adapted, MountSource::Nothing));
         }
         adapted.set_typ(Some("tmpfs".into()));
         adapted.set_source(Some("shm".into()));
         let options = ["nosuid", "noexec", "nodev", "mode=1777"].map(String::from);
         let size = format!("size={bytes}");
         adapted.set_options(Some(options.into_iter().chain([size]).collect()));
-        return Ok((adapted, Needs::Nothing));
+        return Ok((adapted, MountSource::Nothing));
     }
     // Kernel file systems exist in the guest as well.
     let is_kernels = ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir));
     if is_kernels || source == Path::new("/dev") {
-        return Ok((adapted, Needs::Nothing));
+        return Ok((adapted, MountSource::Nothing));
     }
     adapt_bind(id, number, directory, mount)
 }
@@ -280,12 +280,12 @@ pub(crate) struct OnHost {
 pub(super) fn on_host(directory: &Path, spec: &Spec) -> Result<Vec<OnHost>, Error> {
     let mounts = spec.mounts().iter().flatten();
     let all = mounts.map(|mount| {
-        let needs = match is_bind(mount) {
+        let source_kind = match is_bind(mount) {
             true => adapt_mount("", 0, directory, mount, false)?.1,
-            false => Needs::Nothing,
+            false => MountSource::Nothing,
         };
-        let share = match needs {
-            Needs::Share(share) => Some(share),
+        let share = match source_kind {
+            MountSource::Share(share) => Some(share),
             _ => None,
         };
         Ok(OnHost {
@@ -388,7 +388,7 @@ fn adapt_bind(
     number: usize,
     directory: &Path,
     mount: &Mount,
-) -> Result<(Mount, Needs), Error> {
+) -> Result<(Mount, MountSource), Error> {
     let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
     for option in ["shared", "rshared"] {
@@ -401,7 +401,7 @@ fn adapt_bind(
     }
     if let Some(volume) = direct_volume::find(&source)? {
         adapted.set_source(Some(own_place(id, number)));
-        return Ok((adapted, Needs::Direct(GuestVolume::Device(volume))));
+        return Ok((adapted, MountSource::Direct(GuestVolume::Device(volume))));
     }
     let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
     let found = source.metadata();
@@ -410,7 +410,7 @@ fn adapt_bind(
         && let Some(node) = guest_node(device_number(found.rdev()))
     {
         adapted.set_source(Some(node.into()));
-        return Ok((adapted, Needs::Device));
+        return Ok((adapted, MountSource::Device));
     }
     if !found.is_dir() && !found.is_file() {
         let what = match found.file_type() {
@@ -437,7 +437,7 @@ fn adapt_bind(
         users: None,
     };
     adapted.set_source(Some(guest_path(&share.name)));
-    Ok((adapted, Needs::Share(share)))
+    Ok((adapted, MountSource::Share(share)))
 }
 
 #[cfg(test)]

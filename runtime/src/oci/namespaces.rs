@@ -1,6 +1,6 @@
 //! Namespaces: those of the container, those of the sandbox, and unsupported ones.
 
-use super::{SharedPids, refuse};
+use super::{SharedPidNamespace, refuse};
 use crate::Error;
 use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
 
@@ -49,7 +49,7 @@ pub(super) fn check(spec: &Spec) -> Result<(), Error> {
 ///
 /// # Errors
 /// The namespace that can't be shared.
-pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
+pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPidNamespace) -> Result<(), Error> {
     let mut namespaces = Vec::new();
     let offsets = linux.time_offsets().as_ref();
     let has_offsets = offsets.is_some_and(|offsets| !offsets.is_empty());
@@ -68,7 +68,7 @@ pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Err
             (true, LinuxNamespaceType::Ipc) => Some("/proc/1/ns/ipc".into()),
             (true, LinuxNamespaceType::Uts) => Some("/proc/1/ns/uts".into()),
             // The agent fills in its path.
-            (true, LinuxNamespaceType::Pid) if *pids != SharedPids::Unknown => None,
+            (true, LinuxNamespaceType::Pid) if *pids != SharedPidNamespace::Unknown => None,
             (true, other) => {
                 let reason = format!("containers can't share this {other} namespace");
                 return Err(refuse("linux.namespaces", reason));

@@ -15,7 +15,7 @@ pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 ///
 /// # Errors
 /// The problem, with the offending field.
-pub(crate) fn like(
+pub(crate) fn with_privileges_of(
     own: &Process,
     config: &ProcessConfig,
     accounts: &Accounts,

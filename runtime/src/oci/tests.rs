@@ -543,7 +543,8 @@ fn an_added_process_may_what_the_first_one_may() {
             user: User { text: user.into() },
             ..ProcessConfig::default()
         };
-        serde_json::to_value(process::like(&first, &config, &accounts).unwrap()).unwrap()
+        serde_json::to_value(process::with_privileges_of(&first, &config, &accounts).unwrap())
+            .unwrap()
     };
     let root = like("");
     assert_eq!(

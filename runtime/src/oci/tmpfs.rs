@@ -4,7 +4,7 @@
 
 use super::mounts::{has, is_bind, source_of};
 use koya_protocol::COPY_UP;
-use koya_rootfs::{Rootfs, memory_mode, says_mode};
+use koya_rootfs::{Rootfs, has_mode_option, memory_mode};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{Dir, Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -26,8 +26,8 @@ pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
             continue;
         }
         let mut options = mount.options().clone().unwrap_or_default();
-        let says_mode = says_mode(&options);
-        if says_mode && !has(mount, COPY_UP) {
+        let has_mode_option = has_mode_option(&options);
+        if has_mode_option && !has(mount, COPY_UP) {
             continue;
         }
         let covered = find(mount.destination(), earlier, directory, root.as_ref());
@@ -37,7 +37,7 @@ pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
             Covered::There(found) => memory_mode(Some(found)).ok(),
             Covered::Unknown => None,
         };
-        options.extend(mode.filter(|_| !says_mode));
+        options.extend(mode.filter(|_| !has_mode_option));
         let is_empty = match &covered {
             Covered::Nothing => true,
             Covered::There(found) => is_empty(found),

@@ -1,7 +1,7 @@
 //! Timeline of a start: its steps and marks, on one clock.
 //!
 //! A [`Timeline`] is a snapshot of a start. The library does not draw it: `koya timeline` does, from files written by
-//! [`Keep`]; [`Sandbox::timeline`](crate::Sandbox::timeline) returns that of a running sandbox. Times are the host's; times
+//! [`TimelineFile`]; [`Sandbox::timeline`](crate::Sandbox::timeline) returns that of a running sandbox. Times are the host's; times
 //! reported by the agent are relative to its connection as seen by the host.
 
 mod recorder;
@@ -69,7 +69,7 @@ impl fmt::Display for Step {
 
 /// A point in time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mark {
+pub struct TimelineEvent {
     /// Name of the event.
     pub name: Cow<'static, str>,
     /// The component.
@@ -86,14 +86,14 @@ pub struct Mark {
 pub struct Timeline {
     /// [`VERSION`].
     pub version: u32,
-    /// ID of the sandbox; empty without a [`Keep`].
+    /// ID of the sandbox; empty without a [`TimelineFile`].
     pub id: String,
     /// Origin of all times: milliseconds since 1970.
     pub began_unix_ms: u64,
     /// Steps in order of their start.
     pub steps: Vec<Step>,
     /// Marks in order of time.
-    pub marks: Vec<Mark>,
+    pub marks: Vec<TimelineEvent>,
     /// Guest exits to this process until the agent had reported its start, if it did.
     pub exits: Option<ExitCounts>,
 }
@@ -142,7 +142,7 @@ impl Timeline {
     }
 
     /// Whether it is the timeline of this sandbox, or has a container with this name.
-    pub fn is_of(&self, id: &str) -> bool {
+    pub fn matches_id(&self, id: &str) -> bool {
         self.id == id || self.steps.iter().any(|step| step.container == id)
     }
 }
@@ -150,7 +150,7 @@ impl Timeline {
 /// Stores the timeline of a sandbox on the host, in one of at most [`KEPT`] files in [`directory`]: once its first container
 /// has started, after each further one, at its end, and on a failure. Errors on storing it are ignored.
 #[derive(Clone, Debug)]
-pub struct Keep {
+pub struct TimelineFile {
     /// The file's name: letters, digits, `-`, `_` and `.`, at most 128, the first a letter or digit.
     /// An older timeline of this name is replaced.
     pub id: String,

@@ -1,6 +1,6 @@
 //! Records a start while it happens, at the cost of a clock reading and a few words per step.
 
-use super::{Keep, Lane, Mark, Step, Timeline, VERSION, store};
+use super::{Lane, Step, Timeline, TimelineEvent, TimelineFile, VERSION, store};
 use crate::Error;
 use crate::agent::AgentTimes;
 use crate::sync::lock;
@@ -35,7 +35,7 @@ pub(crate) struct Recorder {
 #[derive(Debug)]
 struct State {
     steps: Vec<Step>,
-    marks: Vec<Mark>,
+    marks: Vec<TimelineEvent>,
     exits: Option<super::ExitCounts>,
     /// The sandbox's own step in progress.
     own: Begun,
@@ -49,7 +49,7 @@ fn micros(time: Duration) -> u64 {
 
 impl Recorder {
     /// Starts now, or at the caller's start time.
-    pub(crate) fn new(keep: Option<&Keep>) -> Self {
+    pub(crate) fn new(keep: Option<&TimelineFile>) -> Self {
         let (now, today) = (Instant::now(), SystemTime::now());
         let began = keep.and_then(|keep| keep.began);
         let before = began.map_or(Duration::ZERO, |began| now.duration_since(began));
@@ -127,7 +127,7 @@ impl Recorder {
     /// Records an event of a container.
     pub(crate) fn mark(&self, name: &'static str, container: &str) {
         let at_us = micros(self.elapsed());
-        self.lock().mark(Mark {
+        self.lock().mark(TimelineEvent {
             name: name.into(),
             lane: Lane::Container,
             container: container.into(),
@@ -136,13 +136,18 @@ impl Recorder {
     }
 
     /// Adds the events of the running machine.
-    pub(crate) fn machine_runs(&self, marks: &Arc<BootEvents>) {
+    pub(crate) fn set_boot_events(&self, marks: &Arc<BootEvents>) {
         self.machine.set(marks.clone()).ok();
     }
 
     /// Inserts the times reported by the agent, relative to its connection: the last part of `kernel`, which lasted from
     /// `running` to `connected`, becomes the agent's.
-    pub(crate) fn agent_told(&self, running: Duration, connected: Duration, told: &AgentTimes) {
+    pub(crate) fn record_agent_times(
+        &self,
+        running: Duration,
+        connected: Duration,
+        told: &AgentTimes,
+    ) {
         let exits = self.machine.get().map(|marks| marks.exits().into());
         let mut state = self.lock();
         state.exits = exits;
@@ -167,7 +172,7 @@ impl Recorder {
             }
         }
         for (name, before) in &told.marks {
-            state.mark(Mark {
+            state.mark(TimelineEvent {
                 name: Cow::Owned(name.clone()),
                 lane: Lane::Agent,
                 container: String::new(),
@@ -208,7 +213,7 @@ impl Recorder {
         let state = self.lock();
         let mut marks = state.marks.clone();
         let machine = self.machine.get().map(|events| events.events());
-        marks.extend(machine.into_iter().flatten().map(|mark| Mark {
+        marks.extend(machine.into_iter().flatten().map(|mark| TimelineEvent {
             name: mark.name.into(),
             lane: match mark.by_guest {
                 true => Lane::Kernel,
@@ -249,7 +254,7 @@ impl State {
         self.steps.get_mut(begun.0?)
     }
 
-    fn mark(&mut self, mark: Mark) {
+    fn mark(&mut self, mark: TimelineEvent) {
         if self.marks.len() < KEPT {
             self.marks.push(mark);
             self.is_new = true;
@@ -297,12 +302,12 @@ mod tests {
         let timeline = recorder.timeline();
         assert_eq!((timeline.steps.len(), timeline.marks.len()), (KEPT, KEPT));
         assert!(timeline.steps.iter().all(|step| step.to_us.is_some()));
-        assert!(timeline.is_of("c") && !timeline.is_of("d"));
+        assert!(timeline.matches_id("c") && !timeline.matches_id("d"));
     }
 
     #[test]
     fn the_callers_own_work_comes_first() {
-        let keep = Keep {
+        let keep = TimelineFile {
             id: "web".into(),
             began: Instant::now().checked_sub(Duration::from_millis(5)),
         };
@@ -324,7 +329,7 @@ mod tests {
             took: ms(20),
             marks: vec![("shares mounted".into(), ms(5)), ("late".into(), ms(500))],
         };
-        recorder.agent_told(ms(10), ms(100), &told);
+        recorder.record_agent_times(ms(10), ms(100), &told);
         recorder.finish();
         assert_eq!(names(&recorder), ["kernel", "agent", "settings"]);
         let timeline = recorder.timeline();
@@ -347,7 +352,7 @@ mod tests {
             took,
             marks: Vec::new(),
         };
-        recorder.agent_told(ms(10), ms(100), &told);
+        recorder.record_agent_times(ms(10), ms(100), &told);
         let timeline = recorder.timeline();
         assert_eq!(timeline.steps[0].to_us, Some(10_000));
         assert_eq!(timeline.marks, []);

@@ -92,7 +92,7 @@ impl TaskSet {
         Ok(())
     }
 
-    /// Changes a task's limits to those in `linux.resources` of a configuration; absent ones stay as they are.
+    /// Changes a task's limits to those in `linux.resources` of a configuration; absent limits keep their values.
     ///
     /// # Errors
     /// If the guest can't be enlarged accordingly, or can't set them.
@@ -115,7 +115,7 @@ impl TaskSet {
         let changed = self.change_limits(&task, resources, before, after);
         if changed.is_err() {
             self.set_limits(&task, before);
-            self.resize_behind();
+            self.resize_in_background();
             return changed;
         }
         if let Some(group) = task.spec.cgroup().filter(|group| group.exists()) {
@@ -146,7 +146,7 @@ impl TaskSet {
             limit()?;
             self.set_limits(task, after);
             // Giving up memory takes time, so it is done in the background.
-            self.resize_behind();
+            self.resize_in_background();
             return Ok(());
         }
         self.set_limits(task, after);

@@ -12,7 +12,7 @@ use crate::spec::{Files, Role, Spec};
 use crate::stdio::StdioConfig;
 use crate::sync::spawn;
 use anyhow::anyhow;
-use koya::{Bundle, Settings, SharedNamespaces, SharedPids};
+use koya::{Bundle, Settings, SharedNamespaces, SharedPidNamespace};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ use std::sync::{Arc, Once};
 /// The container whose virtual machine a container joins, and those whose namespaces it shares: its configuration refers to
 /// them by processes of the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Joins {
+pub struct SandboxMembership {
     /// The container that owns the virtual machine.
     pub sandbox: String,
     /// The container whose pid namespace it shares.
@@ -45,7 +45,7 @@ pub struct CreateTask {
     /// Streams of its init process.
     pub stdio: StdioConfig,
     /// The container of the set whose virtual machine it joins, if that does not follow from Kubernetes annotations.
-    pub joins: Option<Joins>,
+    pub joins: Option<SandboxMembership>,
     /// The sandbox's settings, which the configuration's annotations may change. For a member of an existing pod, they only
     /// determine the allowed annotations.
     pub settings: Settings,
@@ -76,7 +76,7 @@ impl CreateTask {
             Role::Member { .. } => Settings::default(),
             Role::Single | Role::Sandbox => self
                 .settings
-                .annotated(self.spec.0.annotations().iter().flatten())?,
+                .with_annotations(self.spec.0.annotations().iter().flatten())?,
         };
         // After the annotations, which may change the settings.
         settings.prepare_process()?;
@@ -141,7 +141,7 @@ impl TaskSet {
         });
         // Not earlier: its end may have been reported already.
         let followed = match task.is_pod() || task.container().is_some() {
-            true => self.follow_behind(&task),
+            true => self.spawn_exit_watcher(&task),
             false => Ok(()),
         };
         if let Err(error) = followed {
@@ -155,7 +155,7 @@ impl TaskSet {
     }
 
     /// Starts a thread that publishes the end of a task.
-    pub(crate) fn follow_behind(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
+    pub(crate) fn spawn_exit_watcher(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
         let (set, own) = (self.clone(), task.clone());
         spawn("koya-wait", move || match own.is_pod() {
             true => set.follow_machine(&own),
@@ -250,7 +250,7 @@ impl TaskSet {
     }
 
     /// Creates the container in the guest; its init process waits to be started, and its end is not awaited yet
-    /// ([`follow_behind`](Self::follow_behind)).
+    /// ([`spawn_exit_watcher`](Self::spawn_exit_watcher)).
     pub(crate) fn make(
         self: &Arc<Self>,
         task: &Arc<Task>,
@@ -271,7 +271,8 @@ impl TaskSet {
                 return Err(error);
             }
         };
-        task.init.made(Handle::Init(container.clone()), relay);
+        task.init
+            .mark_created(Handle::Init(container.clone()), relay);
         Ok(container)
     }
 
@@ -296,7 +297,7 @@ impl TaskSet {
     }
 
     /// The container in the guest, created now if it waited for interfaces. The caller has the task's turn.
-    pub(crate) fn made(
+    pub(crate) fn ensure_created(
         self: &Arc<Self>,
         task: &Arc<Task>,
     ) -> Result<Arc<dyn GuestContainer>, Error> {
@@ -304,7 +305,7 @@ impl TaskSet {
             return Ok(container);
         }
         let container = self.make(task)?;
-        self.follow_behind(task)?;
+        self.spawn_exit_watcher(task)?;
         Ok(container)
     }
 
@@ -319,25 +320,25 @@ impl TaskSet {
         SharedNamespaces {
             pids: joins
                 .pids
-                .map_or(SharedPids::Unknown, SharedPids::Container),
+                .map_or(SharedPidNamespace::Unknown, SharedPidNamespace::Container),
             ipc: joins.ipc,
             uts: joins.uts,
         }
     }
 
     /// The container whose pid namespace a Kubernetes container shares.
-    fn shared_pids(&self, task: &Task) -> SharedPids {
+    fn shared_pids(&self, task: &Task) -> SharedPidNamespace {
         let Some(wanted) = task.spec.pids_of() else {
-            return SharedPids::Unknown;
+            return SharedPidNamespace::Unknown;
         };
         if wanted == own_pid() {
-            return SharedPids::Sandbox;
+            return SharedPidNamespace::Sandbox;
         }
         let state = self.lock();
         let mut others = state.entries.values().map(|entry| &entry.task);
         let found = others.find(|other| other.id != task.id && other.pid() == wanted);
-        found.map_or(SharedPids::Unknown, |other| {
-            SharedPids::Container(other.id.clone())
+        found.map_or(SharedPidNamespace::Unknown, |other| {
+            SharedPidNamespace::Container(other.id.clone())
         })
     }
 }

@@ -87,7 +87,7 @@ impl TaskSet {
             }
         };
         let handle = Handle::Exec(process.clone());
-        exec.process.made(handle, relay.clone());
+        exec.process.mark_created(handle, relay.clone());
         if let Err(error) = exec.process.start() {
             // It was killed while it was being created.
             process.signal(SIGKILL as i32).ok();
@@ -122,7 +122,7 @@ impl TaskSet {
         let container = match task.is_pod() {
             true => task.running()?,
             // It may be the first process in the container.
-            false => self.made(task)?,
+            false => self.ensure_created(task)?,
         };
         exec.process
             .open_streams(&exec.id, &self.config.namespace)?;

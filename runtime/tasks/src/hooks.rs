@@ -85,7 +85,7 @@ impl Kind {
 
 /// Environment in which hooks run.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
+pub struct HookContext<'a> {
     /// Working directory: the container's bundle, or its root for createContainer hooks, as with runc.
     pub directory: &'a Path,
     /// The network namespace, if not that of the calling thread.
@@ -113,16 +113,21 @@ pub(crate) fn check(hooks: &Hooks) -> Result<(), Error> {
 ///
 /// # Errors
 /// A hook that can't be run, fails, or exceeds its timeout (then it and its process group are killed).
-pub fn run(kind: Kind, hooks: &[Hook], state: &State, place: Place<'_>) -> Result<(), Error> {
-    each(kind, hooks, state, place, |failed| failed)
+pub fn run(
+    kind: Kind,
+    hooks: &[Hook],
+    state: &State,
+    context: HookContext<'_>,
+) -> Result<(), Error> {
+    each(kind, hooks, state, context, |failed| failed)
 }
 
 /// Runs all poststop hooks, even if some of them fail.
 ///
 /// # Errors
 /// If no hook can be run at all.
-pub fn run_poststop(hooks: &[Hook], state: &State, place: Place<'_>) -> Result<(), Error> {
-    each(Kind::Poststop, hooks, state, place, |ran| {
+pub fn run_poststop(hooks: &[Hook], state: &State, context: HookContext<'_>) -> Result<(), Error> {
+    each(Kind::Poststop, hooks, state, context, |ran| {
         if let Err(error) = ran {
             log::warn!("{error:#}");
         }
@@ -134,7 +139,7 @@ fn each(
     kind: Kind,
     hooks: &[Hook],
     state: &State,
-    place: Place<'_>,
+    context: HookContext<'_>,
     judge: fn(Result<()>) -> Result<()>,
 ) -> Result<(), Error> {
     if hooks.is_empty() {
@@ -144,10 +149,10 @@ fn each(
     let run_all = || {
         hooks.iter().enumerate().try_for_each(|(index, hook)| {
             let name = || hook::failure(kind.name(), index, hook);
-            judge(run_one(hook, &state, place.directory).with_context(name))
+            judge(run_one(hook, &state, context.directory).with_context(name))
         })
     };
-    let Some(network) = place.network else {
+    let Some(network) = context.network else {
         return Ok(run_all()?);
     };
     // Network namespaces are per thread.
@@ -178,11 +183,11 @@ pub fn run_overdue(id: &str, bundle: &Path) -> Result<(), Error> {
     let mut spec = Spec::read(bundle)?;
     let hooks = spec.take_host_hooks();
     let state = spec.state(id, bundle, Kind::Poststop.status(), None);
-    let place = Place {
+    let context = HookContext {
         directory: bundle,
         network: None,
     };
-    run_poststop(Kind::Poststop.of(&hooks), &state, place)?;
+    run_poststop(Kind::Poststop.of(&hooks), &state, context)?;
     Ok(fs::remove_file(due).context("the bundle")?)
 }
 
@@ -195,8 +200,8 @@ impl TaskSet {
         kinds.iter().try_for_each(|kind| {
             let state = self.state_for(task, *kind);
             let root = task.spec.root(&task.bundle);
-            let place = self.place_of(task, root.as_deref(), *kind);
-            run(*kind, kind.of(&task.hooks), &state, place)
+            let context = self.place_of(task, root.as_deref(), *kind);
+            run(*kind, kind.of(&task.hooks), &state, context)
         })
     }
 
@@ -206,7 +211,7 @@ impl TaskSet {
     /// The hook that fails.
     pub(crate) fn run_hooks_of_creation(&self, task: &Task) -> Result<(), Error> {
         if !Kind::Poststop.of(&task.hooks).is_empty() {
-            let due = due(task);
+            let due = poststop_marker(task);
             fs::write(&due, "").with_context(|| format!("cannot write {}", due.display()))?;
         }
         self.run_hooks(
@@ -217,7 +222,7 @@ impl TaskSet {
 
     /// Runs poststop hooks, if they are due.
     pub(crate) fn run_poststop_hooks(&self, task: &Task) {
-        let due = due(task);
+        let due = poststop_marker(task);
         if Kind::Poststop.of(&task.hooks).is_empty() || !due.exists() {
             return;
         }
@@ -235,10 +240,15 @@ impl TaskSet {
     }
 
     /// createContainer hooks start in the container's root, if it is a directory, and in its network namespace.
-    fn place_of<'a>(&'a self, task: &'a Task, root: Option<&'a Path>, kind: Kind) -> Place<'a> {
+    fn place_of<'a>(
+        &'a self,
+        task: &'a Task,
+        root: Option<&'a Path>,
+        kind: Kind,
+    ) -> HookContext<'a> {
         let is_inside = kind == Kind::CreateContainer;
         let root = root.filter(|root| is_inside && root.is_dir());
-        Place {
+        HookContext {
             directory: root.unwrap_or(&task.bundle),
             network: self.config.host_network.as_ref().filter(|_| !is_inside),
         }
@@ -250,7 +260,7 @@ impl TaskSet {
     }
 }
 
-fn due(task: &Task) -> PathBuf {
+fn poststop_marker(task: &Task) -> PathBuf {
     task.bundle.join(POSTSTOP_DUE)
 }
 
@@ -327,8 +337,8 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
-    fn here() -> Place<'static> {
-        Place {
+    fn here() -> HookContext<'static> {
+        HookContext {
             directory: Path::new("/tmp"),
             network: None,
         }

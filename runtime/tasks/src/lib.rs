@@ -40,6 +40,7 @@
 //! (`set::Turn`). Process-wide effects are limited to functions whose names say so: [`cgroup::enter`] and [`cgroup::leave`]
 //! move the process, and [`Spec::enter_namespaces`] its only thread.
 
+mod blocking;
 pub mod cgroup;
 mod control;
 mod create;
@@ -53,7 +54,7 @@ mod logger;
 mod machine;
 mod mounts;
 mod namespaces;
-mod patient;
+mod oci_compat;
 mod pid_holder;
 mod preserved;
 mod process;
@@ -70,15 +71,15 @@ mod terminate;
 #[cfg(test)]
 mod tests;
 pub mod wire;
-mod words;
 
-pub use create::{CreateTask, Joins};
+pub use blocking::BlockingStream;
+pub use create::{CreateTask, SandboxMembership};
 pub use error::Error;
 pub use event::{Event, EventSink};
 pub use exec::ExecTask;
 pub use mounts::Mount;
 pub use namespaces::is_in_user_namespace;
-pub use patient::Patient;
+pub use oci_compat::{read_process, read_resources};
 pub use pid_holder::PidHolder;
 pub use preserved::Preserved;
 pub use process::{Exit, ExitWatch, Status};
@@ -86,4 +87,3 @@ pub use set::{TaskSet, TaskSetConfig, TaskState};
 pub use spec::{Files, Role, Spec};
 pub use stdio::{StdioConfig, StdioDescriptors, StdioPaths};
 pub use terminate::{send_signal, terminate};
-pub use words::{read_process, read_resources};

@@ -49,7 +49,7 @@ impl TaskSet {
     }
 
     fn start_init(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
-        let container = self.made(task)?;
+        let container = self.ensure_created(task)?;
         // It may have been killed while it was being created.
         if let Err(error) = task.init.start() {
             container.kill(false).ok();
@@ -134,7 +134,7 @@ impl TaskSet {
     /// Exec processes end with the init process, and are reported before it.
     fn end_execs(&self, task: &Task, at: SystemTime) {
         let runs = |exec: &Arc<Exec>| exec.process.status() == Status::Running;
-        self.wait_for(self.patience.execs, |state| {
+        self.wait_for(self.timeouts.execs, |state| {
             (!state.execs(task).iter().any(runs)).then_some(())
         });
         // The guest has not reported the others yet; their clients must not wait for that.
@@ -254,7 +254,7 @@ impl TaskSet {
             && let Some(container) = task.container()
         {
             container.kill(false).ok();
-            self.wait_for(self.patience.kill, |_| process.exit());
+            self.wait_for(self.timeouts.kill, |_| process.exit());
         }
         let exit = process.exit().unwrap_or_else(never_started);
         // Wakes those who wait for a process that never ran.

@@ -12,8 +12,8 @@ use koya::oci_spec::runtime as oci;
 use koya::vmm::devices::rate_limit::{Rate, RateLimiter};
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
-    Bundle, Container, ContainerStats, ExecOptions, HostEnd, Keep, Loopback, NameServer,
-    NetworkConfig, ProcessStreams, Sandbox, SandboxConfig, Size, Step,
+    Bundle, Container, ContainerStats, DnsForwarder, ExecOptions, HostEnd, Loopback, NetworkConfig,
+    ProcessStreams, Sandbox, SandboxConfig, Size, Step, TimelineFile,
 };
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -49,7 +49,7 @@ pub(crate) struct Streams {
     pub(crate) stdin: Option<UnixStream>,
     pub(crate) stdout: Option<UnixStream>,
     pub(crate) stderr: Option<UnixStream>,
-    pub(crate) further: Vec<UnixStream>,
+    pub(crate) extra_fds: Vec<UnixStream>,
 }
 
 impl Streams {
@@ -58,7 +58,7 @@ impl Streams {
             stdin: process.stdin.take(),
             stdout: process.stdout.take(),
             stderr: process.stderr.take(),
-            further: std::mem::take(&mut process.further),
+            extra_fds: std::mem::take(&mut process.extra_fds),
         }
     }
 }
@@ -190,13 +190,13 @@ impl GuestContainer for Container {
 }
 
 /// A real virtual machine.
-struct WithGuest {
+struct SandboxMachine {
     sandbox: Arc<Sandbox>,
     _loopback: Option<Loopback>,
-    _names: Option<NameServer>,
+    _names: Option<DnsForwarder>,
 }
 
-impl VirtualMachine for WithGuest {
+impl VirtualMachine for SandboxMachine {
     fn create(
         &self,
         id: &str,
@@ -213,7 +213,7 @@ impl VirtualMachine for WithGuest {
     }
 
     fn wait_ended(&self) -> ExitReason {
-        self.sandbox.machine().wait_ended()
+        self.sandbox.machine().wait_exit()
     }
 
     fn next_oom(&self) -> Result<(String, u64), koya::Error> {
@@ -288,8 +288,8 @@ pub(crate) fn boot_sandbox(
         false => None,
     };
     let names = options.name_server;
-    let names = names.map(|address| NameServer::lend(&sandbox, address));
-    Ok(Arc::new(WithGuest {
+    let names = names.map(|address| DnsForwarder::lend(&sandbox, address));
+    Ok(Arc::new(SandboxMachine {
         _names: names.transpose()?,
         sandbox,
         _loopback: loopback,
@@ -423,16 +423,16 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
     }
     // Without root, ports are published by a process in the namespace (rootlessport), which connects to the container's
     // address there; with root, connections come from outside.
-    let is_called = is_in_user_namespace();
+    let host_access = is_in_user_namespace();
     config.networks = interfaces()?
         .into_iter()
         .map(|interface| NetworkConfig {
             name: interface.clone(),
-            is_called,
+            host_access,
             ..NetworkConfig::new(HostEnd::Join { interface })
         })
         .collect();
-    config.timeline = Some(Keep {
+    config.timeline = Some(TimelineFile {
         id: task.id.clone(),
         began: None,
     });
@@ -475,7 +475,7 @@ impl std::io::Write for ConsoleLog {
                             log::debug!("guest: {} lines are left out", self.left_out);
                             self.left_out = 0;
                         }
-                        log::debug!("guest: {}", guest_text::line(&self.line));
+                        log::debug!("guest: {}", guest_text::sanitize_line(&self.line));
                     }
                     self.line.clear();
                 }

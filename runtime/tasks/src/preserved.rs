@@ -4,7 +4,7 @@
 //! replaced by those of the guest.
 
 use anyhow::{Context, Result, bail};
-use koya::{Direction, Further};
+use koya::{Direction, ExtraFd};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, major, minor};
 use rustix::net::{SocketType, sockopt};
 use std::fs::File;
@@ -55,10 +55,10 @@ impl Preserved {
     }
 
     /// The descriptor that the process gets in its place.
-    pub(crate) fn wanted(&self) -> Further {
+    pub(crate) fn wanted(&self) -> ExtraFd {
         match self.device {
-            Some(path) => Further::Device(path, self.direction),
-            None => Further::Stream(self.direction),
+            Some(path) => ExtraFd::Device(path, self.direction),
+            None => ExtraFd::Stream(self.direction),
         }
     }
 
@@ -150,10 +150,10 @@ mod tests {
         for (file, wanted) in [
             (
                 File::open("/dev/null"),
-                Further::Device("/dev/null", Direction::Input),
+                ExtraFd::Device("/dev/null", Direction::Input),
             ),
-            (out, Further::Device("/dev/null", Direction::Output)),
-            (both, Further::Device("/dev/zero", Direction::Both)),
+            (out, ExtraFd::Device("/dev/null", Direction::Output)),
+            (both, ExtraFd::Device("/dev/zero", Direction::Both)),
         ] {
             let preserved = Preserved::new(3, file.unwrap().into()).unwrap();
             assert_eq!(preserved.wanted(), wanted);

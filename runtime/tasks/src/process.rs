@@ -206,7 +206,7 @@ impl Process {
     }
 
     /// Records that it has been created in the guest.
-    pub(crate) fn made(&self, handle: Handle, relay: Arc<Relay>) {
+    pub(crate) fn mark_created(&self, handle: Handle, relay: Arc<Relay>) {
         let mut state = self.state.lock();
         state.handle = Some(handle);
         if state.is_stdin_closed {

@@ -3,9 +3,9 @@
 //! The exit of a process is published only after its output has been read ([`Relay::finish`]): clients close their ends as
 //! soon as they learn of it.
 
+use crate::blocking::BlockingStream;
 use crate::logger::Logger;
 use crate::machine::Streams;
-use crate::patient::Patient;
 use crate::preserved::Preserved;
 use crate::stdio::{Io, Output};
 use crate::sync::{Guard, Level, Ordered, spawn};
@@ -77,7 +77,7 @@ struct Source {
 
 impl State {
     /// Records that an output thread has received `count` bytes, or waits (0).
-    fn got(&mut self, index: usize, count: usize) {
+    fn record_received(&mut self, index: usize, count: usize) {
         if let Some(source) = self.outputs.get_mut(index) {
             source.is_idle = count == 0;
             if self.has_ended {
@@ -87,7 +87,7 @@ impl State {
     }
 
     /// Shuts down streams whose data can no longer come from the process itself.
-    fn cut_left_behind(&mut self, since_end: Duration) {
+    fn shut_down_orphaned_streams(&mut self, since_end: Duration) {
         for source in &self.outputs {
             let is_dry = || rustix::io::ioctl_fionread(&source.guest).unwrap_or(0) == 0;
             if source.is_idle && is_dry()
@@ -139,7 +139,7 @@ impl Io {
         let mut outputs = vec![(stdout, self.stdout), (stderr, self.stderr)];
         let mut inputs = Vec::new();
         let preserved = self.preserved.into_iter().filter(Preserved::is_stream);
-        for (preserved, stream) in preserved.zip(streams.further) {
+        for (preserved, stream) in preserved.zip(streams.extra_fds) {
             if preserved.direction != Direction::Output {
                 inputs.push((preserved.file.try_clone()?, stream.try_clone()?));
             }
@@ -209,7 +209,7 @@ impl Relay {
         while state.writing > 0 {
             let left_behind = LEFT_BEHIND.saturating_sub(ended.elapsed());
             if state.reading > 0 && left_behind.is_zero() {
-                state.cut_left_behind(ended.elapsed());
+                state.shut_down_orphaned_streams(ended.elapsed());
             }
             if state.progress != last.0 {
                 last = (state.progress, Instant::now());
@@ -244,13 +244,13 @@ fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shar
         None => (None, false),
     };
     loop {
-        shared.change(|state| state.got(index, 0));
+        shared.change(|state| state.record_received(index, 0));
         match from.read(&mut buffer) {
             Ok(0) => break,
             Ok(count) => {
-                shared.lock().got(index, count);
+                shared.lock().record_received(index, count);
                 let Some(writer) = writer else { continue };
-                match Patient(writer).write_all(&buffer[..count]) {
+                match BlockingStream(writer).write_all(&buffer[..count]) {
                     Ok(()) => shared.change(|state| state.progress += 1),
                     Err(_) if is_needed => {
                         from.shutdown(Shutdown::Both).ok();
@@ -482,7 +482,7 @@ mod tests {
         let (mut guest, host): (Vec<_>, Vec<_>) =
             (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
         let streams = Streams {
-            further: host,
+            extra_fds: host,
             ..Streams::default()
         };
         let relay = io.connect(streams).unwrap();

@@ -94,7 +94,7 @@ impl TaskSet {
     }
 
     /// The same in the background.
-    pub(crate) fn resize_behind(self: &Arc<Self>) {
+    pub(crate) fn resize_in_background(self: &Arc<Self>) {
         let set = self.clone();
         spawn("koya-resize", move || set.resize_or_log()).ok();
     }
@@ -118,7 +118,7 @@ impl TaskSet {
         };
         if spawn("koya-settle", resize).is_err() {
             self.change(|state| state.last_end = None);
-            self.resize_behind();
+            self.resize_in_background();
         }
     }
 

@@ -1,7 +1,7 @@
 //! The tasks of one sandbox, and their shared state.
 
 use crate::Error;
-use crate::create::Joins;
+use crate::create::SandboxMembership;
 use crate::event::{Event, EventSink};
 use crate::exec::Exec;
 use crate::host_limits;
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 /// Time limits of a task set.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience {
+pub(crate) struct Timeouts {
     /// For a request about an ended container that holds up its deletion.
     pub(crate) held: Duration,
     /// The same while another container runs, whose requests may take long.
@@ -38,7 +38,7 @@ pub(crate) struct Patience {
     pub(crate) stop: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self {
             held: Duration::from_secs(15),
@@ -66,7 +66,7 @@ pub(crate) struct Task {
     /// Its hooks on the host.
     pub(crate) hooks: Hooks,
     pub(crate) role: Role,
-    pub(crate) joins: Option<Joins>,
+    pub(crate) joins: Option<SandboxMembership>,
     pub(crate) settings: Settings,
     pub(crate) init: Process,
     pub(crate) pid_holder: PidHolder,
@@ -182,12 +182,12 @@ impl State {
     }
 
     /// Time for which a request about a task may hold up its deletion.
-    fn held_limit(&self, task: &Task, patience: &Patience) -> Duration {
+    fn held_limit(&self, task: &Task, timeouts: &Timeouts) -> Duration {
         let others = self.entries.values().map(|entry| &entry.task);
         let mut others = others.filter(|other| other.id != task.id && !other.is_pod());
         match others.any(|other| other.init.status() != Status::Stopped) {
-            true => patience.held_beside_others,
-            false => patience.held,
+            true => timeouts.held_beside_others,
+            false => timeouts.held,
         }
     }
 }
@@ -214,7 +214,7 @@ pub struct TaskSetConfig {
 pub struct TaskSet {
     pub(crate) config: TaskSetConfig,
     pub(crate) boot: Boot,
-    pub(crate) patience: Patience,
+    pub(crate) timeouts: Timeouts,
     events: Arc<dyn EventSink>,
     state: Ordered<State>,
     pub(crate) changed: Condvar,
@@ -272,19 +272,19 @@ impl std::ops::Deref for ProcessOf {
 impl TaskSet {
     /// A set without tasks and without a virtual machine.
     pub fn new(config: TaskSetConfig, events: Arc<dyn EventSink>) -> Arc<Self> {
-        Self::with(config, events, Box::new(boot_sandbox), Patience::default())
+        Self::with(config, events, Box::new(boot_sandbox), Timeouts::default())
     }
 
     pub(crate) fn with(
         config: TaskSetConfig,
         events: Arc<dyn EventSink>,
         boot: Boot,
-        patience: Patience,
+        timeouts: Timeouts,
     ) -> Arc<Self> {
         Arc::new(Self {
             config,
             boot,
-            patience,
+            timeouts,
             events,
             state: Ordered::new(Level::Set, State::default()),
             changed: Condvar::new(),
@@ -409,7 +409,7 @@ impl TaskSet {
                 if state.take_turn(task)? {
                     return Ok(self.turn_of(task));
                 }
-                let held = state.held_limit(task, &self.patience);
+                let held = state.held_limit(task, &self.timeouts);
                 let left = held.saturating_sub(started.elapsed());
                 if left.is_zero() {
                     break state.machine();

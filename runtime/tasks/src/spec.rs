@@ -4,8 +4,8 @@ use crate::Error;
 use crate::cgroup;
 use crate::hooks;
 use crate::namespaces::Network;
+use crate::oci_compat;
 use crate::size::{Limits, PERIOD, milli_cpus};
-use crate::words;
 use anyhow::{Context, anyhow};
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
@@ -50,7 +50,7 @@ impl Spec {
     pub fn read_file(path: &Path) -> Result<Self, Error> {
         let text =
             std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let spec = words::read_spec(&text);
+        let spec = oci_compat::read_spec(&text);
         Ok(Self(spec.with_context(|| path.display().to_string())?))
     }
 

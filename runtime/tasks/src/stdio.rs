@@ -87,7 +87,7 @@ impl StdioConfig {
         };
         ProcessStreams {
             stdio: self.guest(),
-            further: preserved.iter().map(Preserved::wanted).collect(),
+            extra_fds: preserved.iter().map(Preserved::wanted).collect(),
         }
     }
 

@@ -68,7 +68,7 @@ impl TaskSet {
 
     pub(crate) fn finish_by(&self, spawn: Start) {
         let is_ending = self.stop_by(spawn);
-        let machine = self.wait_for(self.patience.start, |state| match &state.machine {
+        let machine = self.wait_for(self.timeouts.start, |state| match &state.machine {
             Machine::Starting => None,
             Machine::Absent => Some(None),
             Machine::Running(machine) => Some(Some(machine.clone())),
@@ -79,7 +79,7 @@ impl TaskSet {
                 self.change(|state| state.is_stopping = true);
                 machine.stop();
             }
-            wait_ended(&machine, self.patience.stop, spawn);
+            wait_ended(&machine, self.timeouts.stop, spawn);
             machine.kill();
         }
         let tasks: Vec<_> = self.change(|state| {

@@ -32,7 +32,7 @@ impl<T> Ordered<T> {
 
     /// Takes the lock, ignoring poisoning.
     pub(crate) fn lock(&self) -> Guard<'_, T> {
-        let held = Held::new(self.level);
+        let held = HeldLevel::new(self.level);
         let inner = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
         Guard { inner, held }
     }
@@ -41,7 +41,7 @@ impl<T> Ordered<T> {
 /// A held lock.
 pub(crate) struct Guard<'a, T> {
     inner: MutexGuard<'a, T>,
-    held: Held,
+    held: HeldLevel,
 }
 
 impl<T> Guard<'_, T> {
@@ -85,12 +85,12 @@ thread_local! {
 }
 
 /// A level held by this thread.
-struct Held {
+struct HeldLevel {
     #[cfg(debug_assertions)]
     bit: u8,
 }
 
-impl Held {
+impl HeldLevel {
     #[cfg(debug_assertions)]
     fn new(level: Level) -> Self {
         let bit = 1 << level as u8;
@@ -115,7 +115,7 @@ impl Held {
 }
 
 #[cfg(debug_assertions)]
-impl Drop for Held {
+impl Drop for HeldLevel {
     fn drop(&mut self) {
         HELD.with(|held| held.set(held.get() & !self.bit));
     }

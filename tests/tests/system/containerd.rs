@@ -5,7 +5,9 @@ use crate::confinement::{
 };
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
 use crate::hooks::hooks_run;
-use crate::lent::{a_network_is_lent, a_tap_is_lent, routes_of_every_kind_are_lent};
+use crate::takeover::{
+    a_network_is_taken_over, a_tap_is_taken_over, routes_of_every_kind_are_taken_over,
+};
 use crate::timeline::timeline;
 use crate::tool::{LIMIT, scratch, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
@@ -26,12 +28,12 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             "killed_at_the_worst_moments_nothing_is_left",
             killed_at_the_worst_moments_nothing_is_left,
         ),
-        ("a_network_is_lent", a_network_is_lent),
+        ("a_network_is_taken_over", a_network_is_taken_over),
         (
-            "routes_of_every_kind_are_lent",
-            routes_of_every_kind_are_lent,
+            "routes_of_every_kind_are_taken_over",
+            routes_of_every_kind_are_taken_over,
         ),
-        ("a_tap_is_lent", a_tap_is_lent),
+        ("a_tap_is_taken_over", a_tap_is_taken_over),
         ("users_are_mapped", users_are_mapped),
         ("hooks_run", hooks_run),
         ("an_apparmor_profile_holds", an_apparmor_profile_holds),

@@ -12,8 +12,8 @@
 //! - [`load`]: loads a kernel and describes the machine to it ([`BootInfo`]), by command line and tables or
 //!   by device tree
 //! - [`set_entry`]: sets the entry point of the first vCPU
-//! - [`countdown`]: a tiny guest
-//! - [`offers`], [`NO_KVM`]: the host's virtualization features, and how to get KVM on a host without it
+//! - [`probe_guest`]: a tiny guest
+//! - [`host_features`], [`NO_KVM`]: the host's virtualization features, and how to get KVM on a host without it
 //!
 //! `cfg(target_arch)` is used only here in this crate.
 

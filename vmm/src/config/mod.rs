@@ -166,14 +166,14 @@ pub enum ConfigError {
         max: u64,
     },
     /// A CPU that this process may not use.
-    #[error("cpu_pins: CPU {0} is not there, or not for this process")]
+    #[error("cpu_pins: CPU {0} does not exist, or is not in the CPU affinity of this process")]
     Pin(u32),
     /// The CPU affinity of this process could not be read.
-    #[error("cpu_pins: cannot ask which CPUs this process may use")]
+    #[error("cpu_pins: cannot read the CPU affinity of this process")]
     Affinity(#[source] std::io::Error),
     /// Memory size that is not a multiple of the huge page size.
     #[error("memory_mib = {0} is not a whole number of huge pages of 2 MiB")]
-    HalfAPage(u64),
+    NotHugePageMultiple(u64),
     /// A file that can't be opened or read.
     #[error("{field} = {}: cannot read the file", path.display())]
     File {
@@ -396,7 +396,7 @@ impl VmConfig {
         let max = self.memory_max_mib.unwrap_or(mib);
         in_range("memory_max_mib", max, mib, MAX_MEMORY_MIB)?;
         if self.huge_pages == HugePages::Reserved && !mib.is_multiple_of(2) {
-            return Err(ConfigError::HalfAPage(mib));
+            return Err(ConfigError::NotHugePageMultiple(mib));
         }
         Ok(MemorySpec {
             bytes: mib << 20,
@@ -446,8 +446,8 @@ impl Spec {
 
     /// A tiny guest, for a test of the host: it counts down from `rounds` by two instructions per round, and then resets the
     /// machine.
-    pub fn countdown(rounds: u32) -> Self {
-        Self::flat(arch::countdown(rounds))
+    pub fn probe_guest(rounds: u32) -> Self {
+        Self::flat(arch::probe_guest(rounds))
     }
 }
 

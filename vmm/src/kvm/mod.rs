@@ -39,7 +39,7 @@ pub enum KvmError {
     #[error("cannot open {DEVICE}")]
     Open(#[source] kvm_ioctls::Error),
     /// Unsupported KVM API version.
-    #[error("{DEVICE} speaks version {0} of its interface, not {KVM_API_VERSION}")]
+    #[error("{DEVICE} has API version {0}, expected {KVM_API_VERSION}")]
     Version(i32),
     /// A required capability is missing.
     #[error("this host's KVM lacks {0}")]
@@ -59,8 +59,8 @@ pub fn open() -> Result<Kvm, KvmError> {
 }
 
 /// The host's virtualization features, as a sentence for a report; `None` where all hosts have the same.
-pub fn offers(kvm: &Kvm) -> Option<String> {
-    arch::offers(kvm)
+pub fn host_features(kvm: &Kvm) -> Option<String> {
+    arch::host_features(kvm)
 }
 
 /// Opens KVM without checking; a start looks for [`missing`] capabilities only when something failed.

@@ -4,7 +4,7 @@
 
 mod trace;
 
-use koya_benches::{counts, held, print_marked, row};
+use koya_benches::{counts, print_marked, process_memory, row};
 use koya_vmm::internals::BASE_CMDLINE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
@@ -354,7 +354,7 @@ fn look(process: &mut Child, from: f64, limit: Duration) -> Result<Option<Seen>>
     let pid = process.id();
     seen.exits = counts::of_kvm(pid)?["exits"] as f64;
     std::thread::sleep(REST);
-    let held = held::of(pid, MEMORY_KIB)?;
+    let held = process_memory::of(pid, MEMORY_KIB)?;
     seen.beyond = (held.rss - held.guest) as f64;
     seen.threads = fs::read_dir(format!("/proc/{pid}/task"))?.count() as f64;
     Ok(Some(seen))

@@ -349,7 +349,7 @@ impl Passthrough {
         let mut opened = false;
         for inode in inodes.iter().filter(|inode| inode.is_writable()) {
             let fd = self.inodes.fd(inode)?;
-            if owners.is_shut(&inodes::stat(&fd)?) {
+            if owners.denies_owner(&inodes::stat(&fd)?) {
                 opened |= self.change_shown(owners, &fd, |_| {}).is_ok();
             }
         }

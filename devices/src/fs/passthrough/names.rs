@@ -256,7 +256,7 @@ impl Passthrough {
             let Ok(entry) = inodes::open_entry(directory, name) else {
                 continue;
             };
-            if inodes::stat(&entry).is_ok_and(|stat| owners.is_shut(&stat)) {
+            if inodes::stat(&entry).is_ok_and(|stat| owners.denies_owner(&stat)) {
                 opened |= self.change_shown(owners, &entry, |_| {}).is_ok();
             }
         }

@@ -235,7 +235,7 @@ impl Owners {
 
     /// Whether a file or directory that the host refused to open or to change belongs to the user and has a mode that denies
     /// access to its owner: such a mode does not bind root in the guest.
-    pub(super) fn is_shut(&self, stat: &Statx) -> bool {
+    pub(super) fn denies_owner(&self, stat: &Statx) -> bool {
         let user = user_bits(kind(stat));
         can_keep(kind(stat)) && stat.stx_uid == self.user && u32::from(stat.stx_mode) & user != user
     }

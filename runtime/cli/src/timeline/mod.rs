@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use chrono::DateTime;
 use clap::Args;
 use koya::Timeline;
-use koya::timeline::{Lane, Mark, Step};
+use koya::timeline::{Lane, Step, TimelineEvent};
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -74,7 +74,7 @@ pub(super) fn main(args: &TimelineArgs) -> Outcome {
 
 /// The start of this sandbox or container; the newest of several with the same name.
 fn find<'a>(all: &'a [Timeline], id: &str) -> Result<&'a Timeline> {
-    if let Some(found) = all.iter().find(|timeline| timeline.is_of(id)) {
+    if let Some(found) = all.iter().find(|timeline| timeline.matches_id(id)) {
         return Ok(found);
     }
     let begins = |timeline: &&Timeline| {
@@ -208,18 +208,18 @@ fn failure(timeline: &Timeline) -> Option<String> {
 /// A step or a mark.
 enum Entry<'a> {
     Step(&'a Step),
-    Mark(&'a Mark),
+    TimelineEvent(&'a TimelineEvent),
 }
 
 /// All steps and marks in order of time; a step before the marks within it.
 fn entries(timeline: &Timeline) -> Vec<Entry<'_>> {
     let steps = timeline.steps.iter().map(Entry::Step);
     let mut all: Vec<_> = steps
-        .chain(timeline.marks.iter().map(Entry::Mark))
+        .chain(timeline.marks.iter().map(Entry::TimelineEvent))
         .collect();
     all.sort_by_key(|entry| match entry {
         Entry::Step(step) => (step.from_us, false),
-        Entry::Mark(mark) => (mark.at_us, true),
+        Entry::TimelineEvent(mark) => (mark.at_us, true),
     });
     all
 }
@@ -243,8 +243,8 @@ mod tests {
         }
     }
 
-    pub(super) fn mark(name: &'static str, lane: Lane, at_us: u64) -> Mark {
-        Mark {
+    pub(super) fn mark(name: &'static str, lane: Lane, at_us: u64) -> TimelineEvent {
+        TimelineEvent {
             name: name.into(),
             lane,
             container: String::new(),

@@ -47,7 +47,7 @@ pub(super) fn draw(timeline: &Timeline, columns: usize) -> String {
                     writeln!(text, "{:<10}   {exits}", "").ok();
                 }
             }
-            Entry::Mark(mark) => line(
+            Entry::TimelineEvent(mark) => line(
                 &mut text,
                 ("", &format!("  {}", mark.name)),
                 (&ms(mark.at_us), ""),

@@ -22,7 +22,7 @@ pub(super) fn configuration() -> String {
 }
 
 /// Search domains and options of the host's resolver configuration.
-pub fn search_and_options() -> String {
+pub fn resolver_options() -> String {
     let (all, _) = reachable(&read(Path::new("/etc/resolv.conf")));
     let lines = all.lines();
     let others = lines.filter(|line| !line.starts_with("nameserver"));

@@ -1,6 +1,6 @@
 //! Starts, ends and deletions, and the order of their events.
 
-use super::{LIMIT, PATIENCE, Rig};
+use super::{LIMIT, Rig, TIMEOUTS};
 use crate::Error;
 use crate::process::Status;
 use std::time::{Duration, Instant};
@@ -189,7 +189,7 @@ fn a_guest_that_ignores_kills_holds_no_deletion() {
     let started = Instant::now();
     let (_, exit) = rig.set.delete("c", "").unwrap();
     assert_eq!(exit.status, 137);
-    assert!(started.elapsed() >= PATIENCE.kill && started.elapsed() < LIMIT);
+    assert!(started.elapsed() >= TIMEOUTS.kill && started.elapsed() < LIMIT);
     assert!(rig.guest.was_called("remove c"));
 }
 
@@ -202,7 +202,7 @@ fn a_deletion_waits_for_the_start_and_then_for_the_end() {
     rig.guest.await_call("start c");
     let deleted = rig.behind(|set| set.delete("c", ""));
     // Longer than the limit for an ended container: this one has not ended.
-    assert!(deleted.recv_timeout(PATIENCE.held * 3).is_err());
+    assert!(deleted.recv_timeout(TIMEOUTS.held * 3).is_err());
     rig.guest.release("start c");
     started.recv_timeout(LIMIT).unwrap().unwrap();
     let refused = deleted.recv_timeout(LIMIT).unwrap();

@@ -10,7 +10,7 @@ use crate::create::CreateTask;
 use crate::event::{Event, EventSink};
 use crate::exec::ExecTask;
 use crate::machine::{GuestContainer, GuestProcess, Streams, VirtualMachine};
-use crate::set::{Patience, TaskSet, TaskSetConfig};
+use crate::set::{TaskSet, TaskSetConfig, Timeouts};
 use crate::spec::Spec;
 use crate::stdio::StdioConfig;
 use crate::sync::spawn;
@@ -26,7 +26,7 @@ use std::time::Duration;
 /// Longer than any operation here takes on a loaded host.
 const LIMIT: Duration = Duration::from_secs(20);
 
-const PATIENCE: Patience = Patience {
+const TIMEOUTS: Timeouts = Timeouts {
     held: Duration::from_millis(300),
     held_beside_others: Duration::from_secs(60),
     execs: Duration::from_millis(300),
@@ -342,7 +342,7 @@ impl Rig {
         };
         let config = TaskSetConfig::default();
         Self {
-            set: TaskSet::with(config, events.clone(), Box::new(boot), PATIENCE),
+            set: TaskSet::with(config, events.clone(), Box::new(boot), TIMEOUTS),
             guest,
             events,
             dir: tempfile::tempdir().unwrap(),

@@ -1,6 +1,6 @@
 //! Start, size and end of the virtual machine.
 
-use super::{LIMIT, PATIENCE, Rig};
+use super::{LIMIT, Rig, TIMEOUTS};
 use koya::oci_spec::runtime as oci;
 use koya::vmm::ExitReason;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ fn a_stop_during_the_start_keeps_its_limit() {
     rig.guest.await_call("boot");
     let began = Instant::now();
     rig.set.stop();
-    assert!(began.elapsed() < PATIENCE.start, "{:?}", began.elapsed());
+    assert!(began.elapsed() < TIMEOUTS.start, "{:?}", began.elapsed());
     rig.set.finish();
     assert!(began.elapsed() < LIMIT, "{:?}", began.elapsed());
     assert!(created.try_recv().is_err(), "the start goes on");
@@ -78,7 +78,7 @@ fn the_end_waits_for_a_guest_that_writes_its_disks_out() {
     rig.guest.hold("stop");
     let finished = rig.behind(|set| set.finish());
     rig.guest.await_call("stop");
-    assert!(finished.recv_timeout(PATIENCE.start * 2).is_err());
+    assert!(finished.recv_timeout(TIMEOUTS.start * 2).is_err());
     assert!(!rig.guest.was_called("kill machine"));
     rig.guest.release("stop");
     finished.recv_timeout(LIMIT).unwrap();

@@ -31,7 +31,7 @@ pub(crate) const NO_KVM: &str = "KVM is a part of the kernel, which needs its op
      EL2 (in a virtual machine: nested virtualization on its host)";
 
 /// The host's virtualization features, for a report. `None` if KVM cannot create a virtual machine.
-pub(crate) fn offers(kvm: &Kvm) -> Option<String> {
+pub(crate) fn host_features(kvm: &Kvm) -> Option<String> {
     let vm = kvm.create_vm().ok()?;
     let gic = match Interrupts::create(&vm, 1) {
         Ok((Interrupts::GicV3, _)) => "GICv3",
@@ -50,7 +50,7 @@ pub(crate) fn offers(kvm: &Kvm) -> Option<String> {
 
 /// Flat code of a guest that counts down from `rounds`, by two instructions each time, and then resets the
 /// machine (PSCI's SYSTEM_RESET).
-pub(crate) fn countdown(rounds: u32) -> Vec<u8> {
+pub(crate) fn probe_guest(rounds: u32) -> Vec<u8> {
     /// `movz w1` and `movk w1, lsl 16`, with zero immediates.
     const MOVZ_W1: u32 = 0x5280_0001;
     const MOVK_W1: u32 = 0x72a0_0001;

@@ -33,13 +33,13 @@ pub(crate) const NO_KVM: &str = "load the kvm_intel or kvm_amd module, or turn v
      (in a virtual machine: nested virtualization on its host)";
 
 /// The host's virtualization features, for a report. Always `None`: guests have the same features on every host.
-pub(crate) fn offers(_kvm: &Kvm) -> Option<String> {
+pub(crate) fn host_features(_kvm: &Kvm) -> Option<String> {
     None
 }
 
 /// Flat code of a guest that counts down from `rounds`, by two instructions each time, and then resets the
 /// machine.
-pub(crate) fn countdown(rounds: u32) -> Vec<u8> {
+pub(crate) fn probe_guest(rounds: u32) -> Vec<u8> {
     // mov ecx, rounds; l: dec ecx; jnz l; mov al, 0xfe; out 0x64, al; hlt
     let mut code = vec![0x66, 0xb9];
     code.extend(rounds.to_le_bytes());

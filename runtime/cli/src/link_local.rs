@@ -14,12 +14,12 @@ const GATEWAY_MAC: &str = "02:6b:6f:79:61:01";
 
 /// A network between the guest and pasta.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Alone {
+pub(super) struct LinkLocalNetwork {
     gateway: Ipv4Addr,
     guest: Ipv4Addr,
 }
 
-impl Alone {
+impl LinkLocalNetwork {
     /// A network with two free addresses.
     pub(super) fn find(is_free: impl Fn(&Ipv4Addr) -> bool) -> Result<Self> {
         let pairs = (0..253).map(|n| {
@@ -31,7 +31,7 @@ impl Alone {
         });
         let mut free = pairs.filter(|pair| is_free(&pair.gateway) && is_free(&pair.guest));
         free.next()
-            .context("all of 169.254.0.0/16 is the host's own")
+            .context("no free link-local network: the host uses all of 169.254.0.0/16")
     }
 
     /// The options for pasta.
@@ -126,13 +126,13 @@ mod tests {
 
     #[test]
     fn a_network_alone_is_nobody_elses() {
-        let first = Alone::find(|_| true).unwrap();
+        let first = LinkLocalNetwork::find(|_| true).unwrap();
         assert_eq!(first.gateway, FIRST);
         let taken = Ipv4Addr::new(169, 254, 2, 2);
-        let next = Alone::find(|ip| *ip != taken).unwrap();
+        let next = LinkLocalNetwork::find(|ip| *ip != taken).unwrap();
         assert_eq!(next.guest, Ipv4Addr::new(169, 254, 3, 2));
-        assert!(Alone::find(|_| false).is_err());
-        let last = Alone::find(|ip| ip.octets()[2] == 254).unwrap();
+        assert!(LinkLocalNetwork::find(|_| false).is_err());
+        let last = LinkLocalNetwork::find(|ip| ip.octets()[2] == 254).unwrap();
         assert!(last.guest.is_link_local());
         let words = first.options().join(" ");
         assert!(

@@ -13,7 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Whether a container is known to need none of them, without accessing its root.
-pub(crate) fn lacks_nothing(id: &str, spec: &Spec, files: &[messages::File]) -> bool {
+pub(crate) fn is_complete(id: &str, spec: &Spec, files: &[messages::File]) -> bool {
     let process = spec.process().as_ref();
     files.is_empty()
         && !is_image(id, spec)
@@ -25,7 +25,7 @@ pub(crate) fn lacks_nothing(id: &str, spec: &Spec, files: &[messages::File]) -> 
 ///
 /// # Errors
 /// If the guest has no space. Files that can't be put into the root are left out.
-pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Result<Spec> {
+pub(crate) fn complete_root(id: &str, mut spec: Spec, files: &[messages::File]) -> Result<Spec> {
     let Some(path) = spec.root().as_ref().map(|root| root.path().clone()) else {
         return Ok(spec);
     };

@@ -37,11 +37,11 @@ static UNANSWERED: Warnings = Warnings::new();
 
 /// While this lives, a guest's queries to an address of its loopback are answered by the name server at the same address of
 /// the host namespace.
-pub struct NameServer {
+pub struct DnsForwarder {
     stream: UnixStream,
 }
 
-impl NameServer {
+impl DnsForwarder {
     /// Makes the name server at port 53 of `address`, in the calling thread's network namespace, available to a guest.
     ///
     /// # Errors
@@ -71,7 +71,7 @@ impl NameServer {
     }
 }
 
-impl Drop for NameServer {
+impl Drop for DnsForwarder {
     fn drop(&mut self) {
         self.stream.shutdown(Shutdown::Both).ok();
     }

@@ -66,7 +66,7 @@ fn forbids_filters(filter: &LinuxSeccomp) -> bool {
 
 /// Makes the calling thread, which has the filter and may add another, return ENOSYS for unknown calls, if necessary. If the
 /// filter forbids adding one, it stays as it is.
-pub(crate) fn answer(filter: &LinuxSeccomp) -> io::Result<()> {
+pub(crate) fn install(filter: &LinuxSeccomp) -> io::Result<()> {
     let Some(last) = refused_after(filter) else {
         return Ok(());
     };
@@ -223,7 +223,7 @@ mod tests {
             rustix::thread::set_no_new_privs(true).unwrap();
             initialize_seccomp(&filter).unwrap();
             let before = sys::answer_to_call(1000);
-            answer(&filter).unwrap();
+            install(&filter).unwrap();
             let refused = std::env::current_dir().map(drop);
             (
                 before,

@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::container::Process;
-use crate::container_config::{Direction, Further, ProcessStreams, Stdio};
+use crate::container_config::{Direction, ExtraFd, ProcessStreams, Stdio};
 use crate::sandbox::Inner;
 use crate::streams::Expected;
 use koya_protocol::messages;
@@ -10,15 +10,15 @@ use std::io;
 use std::sync::Arc;
 
 /// The streams of a process that is about to be created.
-pub(crate) struct Plan {
+pub(crate) struct PendingStreams {
     message: messages::Stdio,
     stdin: Option<Expected>,
     stdout: Option<Expected>,
     stderr: Option<Expected>,
-    further: Vec<Expected>,
+    extra_fds: Vec<Expected>,
 }
 
-impl Plan {
+impl PendingStreams {
     /// # Errors
     /// If the host has no random numbers.
     pub(crate) fn new(inner: &Inner, streams: &ProcessStreams) -> Result<Self, Error> {
@@ -45,18 +45,18 @@ impl Plan {
             (message.rows, message.columns) = (rows.into(), columns.into());
             message.keep_newlines = keep_newlines;
         }
-        let mut further = Vec::new();
-        for wanted in &streams.further {
+        let mut extra_fds = Vec::new();
+        for wanted in &streams.extra_fds {
             let (direction, token, device) = match *wanted {
-                Further::Device(path, direction) => (direction, String::new(), path),
-                Further::Stream(direction) => {
+                ExtraFd::Device(path, direction) => (direction, String::new(), path),
+                ExtraFd::Stream(direction) => {
                     let expected = expect()?;
                     let token = expected.token.clone();
-                    further.push(expected);
+                    extra_fds.push(expected);
                     (direction, token, "")
                 }
             };
-            message.further.push(messages::FurtherStream {
+            message.extra_fds.push(messages::ExtraStream {
                 direction: way(direction).into(),
                 token,
                 device: device.into(),
@@ -73,7 +73,7 @@ impl Plan {
             stdin,
             stdout,
             stderr,
-            further,
+            extra_fds,
         })
     }
 
@@ -98,7 +98,7 @@ impl Plan {
                 .transpose()
                 .map_err(Error::host("connect a standard stream"))
         };
-        let further: io::Result<_> = self.further.into_iter().map(Expected::take).collect();
+        let extra_fds: io::Result<_> = self.extra_fds.into_iter().map(Expected::take).collect();
         Ok(Process {
             inner,
             container: container.into(),
@@ -106,15 +106,15 @@ impl Plan {
             stdin: take(self.stdin)?,
             stdout: take(self.stdout)?,
             stderr: take(self.stderr)?,
-            further: further.map_err(Error::host("connect a stream"))?,
+            extra_fds: extra_fds.map_err(Error::host("connect a stream"))?,
         })
     }
 }
 
-fn way(direction: Direction) -> messages::further_stream::Direction {
+fn way(direction: Direction) -> messages::extra_stream::Direction {
     match direction {
-        Direction::Input => messages::further_stream::Direction::INPUT,
-        Direction::Output => messages::further_stream::Direction::OUTPUT,
-        Direction::Both => messages::further_stream::Direction::BOTH,
+        Direction::Input => messages::extra_stream::Direction::INPUT,
+        Direction::Output => messages::extra_stream::Direction::OUTPUT,
+        Direction::Both => messages::extra_stream::Direction::BOTH,
     }
 }

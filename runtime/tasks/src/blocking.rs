@@ -7,9 +7,9 @@ use std::os::fd::AsFd;
 /// A stream of the user. Blocking mode is a property of the open file description, which is shared with other programs, and
 /// some of them (Node.js, ssh) leave it non-blocking. This waits where a blocking stream would.
 #[derive(Debug)]
-pub struct Patient<S>(pub S);
+pub struct BlockingStream<S>(pub S);
 
-impl<S: AsFd> Patient<S> {
+impl<S: AsFd> BlockingStream<S> {
     fn wait<T>(
         &mut self,
         flags: PollFlags,
@@ -28,13 +28,13 @@ impl<S: AsFd> Patient<S> {
     }
 }
 
-impl<S: Read + AsFd> Read for Patient<S> {
+impl<S: Read + AsFd> Read for BlockingStream<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.wait(PollFlags::IN, |stream| stream.read(buffer))
     }
 }
 
-impl<S: Write + AsFd> Write for Patient<S> {
+impl<S: Write + AsFd> Write for BlockingStream<S> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.wait(PollFlags::OUT, |stream| stream.write(bytes))
     }
@@ -58,7 +58,7 @@ mod tests {
             reader.read_to_end(&mut all).unwrap();
             all.len()
         });
-        let mut writer = Patient(writer);
+        let mut writer = BlockingStream(writer);
         writer.write_all(&vec![7; 4 << 20]).unwrap();
         drop(writer);
         assert_eq!(reading.join().unwrap(), 4 << 20);

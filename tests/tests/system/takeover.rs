@@ -28,7 +28,7 @@ fn namespaces(what: &str, containerd: &Containerd) -> Result<[Namespace; 2]> {
 
 /// A network namespace that exists before and after the container: the guest takes over the addresses of its interface,
 /// which is unchanged afterwards.
-pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
+pub(crate) fn a_network_is_taken_over(containerd: &Containerd) -> Result<()> {
     let [Namespace(name), Namespace(far)] = &namespaces("lent", containerd)?;
     let (inside, outside) = ("eth0", "far0");
     let own = |words: &[&str]| ip(&[&["-n", name], words].concat());
@@ -124,7 +124,7 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
 }
 
 /// Tables, rules, next hops, metrics and blackhole routes, as left by plugins for several networks.
-pub(crate) fn routes_of_every_kind_are_lent(containerd: &Containerd) -> Result<()> {
+pub(crate) fn routes_of_every_kind_are_taken_over(containerd: &Containerd) -> Result<()> {
     let [Namespace(name), Namespace(far)] = &namespaces("routes", containerd)?;
     for (inside, outside, address) in [
         ("eth0", "far0", "192.0.2.2/24"),
@@ -198,7 +198,7 @@ impl Drop for Killed {
 }
 
 /// A tap with a program at its other end, as left by the CNI plugin `tap` and slirp4netns.
-pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
+pub(crate) fn a_tap_is_taken_over(containerd: &Containerd) -> Result<()> {
     let [Namespace(name), Namespace(far)] = &namespaces("tap", containerd)?;
     // Two programs that exchange the frames of their taps in datagrams: no frame is lost, since the taps are down until both
     // have created their sockets.

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 /// Signals that a command forwards to a process in a container: all that are not ignored, except those that can't be caught,
 /// report faults, or concern this command's own children, terminal, streams and files.
-pub(super) fn passed_on() -> Vec<i32> {
+pub(super) fn forwarded_signals() -> Vec<i32> {
     const OWN: [i32; 18] = [
         libc::SIGILL,
         libc::SIGTRAP,
@@ -67,7 +67,7 @@ mod tests {
         assert_eq!(parse("Name:\tkoya\n"), 0);
         // Rust's runtime ignores SIGPIPE in every program.
         // containers/podman 10462: systemd is stopped by SIGRTMIN+3.
-        let all = passed_on();
+        let all = forwarded_signals();
         for signal in [
             libc::SIGUSR1,
             libc::SIGALRM,

@@ -6,7 +6,7 @@ use crate::preserved::Count;
 use crate::source::Source;
 use crate::state::{Container, Status};
 use anyhow::{Context, Result, bail};
-use koya_tasks::Joins;
+use koya_tasks::SandboxMembership;
 use koya_tasks::wire::{Wire, send};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -29,13 +29,13 @@ pub(crate) struct Boot {
     /// Inherited descriptors, attached last.
     pub(crate) preserved: Count,
     /// The container whose virtual machine it joins.
-    pub(crate) joins: Option<Joins>,
+    pub(crate) joins: Option<SandboxMembership>,
     pub(crate) log: logging::Config,
 }
 
 /// A request of a command, and the container that it applies to.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Asked {
+pub(crate) struct ContainerRequest {
     pub(crate) id: String,
     pub(crate) request: Request,
 }
@@ -46,7 +46,7 @@ pub(crate) struct Create {
     pub(crate) bundle: PathBuf,
     #[serde(default)]
     pub(crate) source: Source,
-    pub(crate) joins: Joins,
+    pub(crate) joins: SandboxMembership,
     pub(crate) is_own_terminal: bool,
     pub(crate) preserved: Count,
 }
@@ -84,7 +84,7 @@ pub(crate) enum Request {
 /// A reply.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Answer {
+pub(crate) enum Response {
     Status(Status),
     Stats(serde_json::Value),
     /// The OOM killer has killed processes.
@@ -102,25 +102,25 @@ pub(crate) enum Answer {
 ///
 /// # Errors
 /// If there is no reply, or the reason of a failure.
-pub(crate) fn ask(container: &Container, request: Request) -> Result<Answer> {
+pub(crate) fn send_request(container: &Container, request: Request) -> Result<Response> {
     let stream = container.connect()?;
     if matches!(request, Request::Status) {
         stream.set_read_timeout(Some(STATUS_LIMIT))?;
     }
     send(&stream, &container.asked(request), &[])?;
-    hear(&mut Wire::new(stream))
+    receive_response(&mut Wire::new(stream))
 }
 
 /// Receives the next reply.
 ///
 /// # Errors
 /// If there is none, or the reason of a failure.
-pub(crate) fn hear(wire: &mut Wire) -> Result<Answer> {
+pub(crate) fn receive_response(wire: &mut Wire) -> Result<Response> {
     let answer = wire
         .receive()
         .context("the container's process does not answer")?;
     match answer.context("the container's process has ended")?.0 {
-        Answer::Failed(reason) => bail!("{reason}"),
+        Response::Failed(reason) => bail!("{reason}"),
         answer => Ok(answer),
     }
 }

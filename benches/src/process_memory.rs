@@ -18,7 +18,7 @@ fn is_stack(kib: u64) -> bool {
 
 /// Memory of one process, in KiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Held {
+pub struct ProcessMemory {
     /// Private pages, without the guest's.
     pub private: u64,
     /// The same by kind.
@@ -35,7 +35,7 @@ pub struct Held {
 ///
 /// # Errors
 /// If the process has ended, or is not accessible.
-pub fn of(pid: u32, guest_kib: u64) -> io::Result<Held> {
+pub fn of(pid: u32, guest_kib: u64) -> io::Result<ProcessMemory> {
     let proc = Path::new("/proc").join(pid.to_string());
     let mut held = sum(&fs::read_to_string(proc.join("smaps"))?, guest_kib);
     let status = fs::read_to_string(proc.join("status"))?;
@@ -49,8 +49,8 @@ fn first_number(text: &str) -> u64 {
     word.and_then(|word| word.parse().ok()).unwrap_or(0)
 }
 
-fn sum(smaps: &str, guest_kib: u64) -> Held {
-    let mut held = Held::default();
+fn sum(smaps: &str, guest_kib: u64) -> ProcessMemory {
+    let mut held = ProcessMemory::default();
     let (mut name, mut kind, mut is_guest) = (String::new(), "", false);
     for line in smaps.lines() {
         let Some((field, rest)) = line.split_once(':') else {

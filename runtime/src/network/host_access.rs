@@ -6,7 +6,7 @@
 //! these connections is a link-local address, to which the guest gets a route.
 
 use super::{LOCAL_TABLE, Neighbour, NetworkConfig, Route, other};
-use crate::out_of_reach::{Verdict, decide};
+use crate::egress_filter::{Verdict, decide};
 use ipnet::IpNet;
 use koya_vmm::devices::net::MacAddr;
 use rtnetlink::packet_route::neighbour::NeighbourState;
@@ -94,7 +94,7 @@ pub(super) async fn set_up(
 }
 
 /// Restores the namespace's routes to its own addresses.
-pub(super) async fn give_back(
+pub(super) async fn restore_routes(
     handle: &Handle,
     network: &NetworkConfig,
     interface: u32,

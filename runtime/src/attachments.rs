@@ -2,8 +2,8 @@
 
 use crate::Error;
 use crate::block_volume::GuestVolume;
-use crate::common::Used;
 use crate::oci::{self, HostDisk, Share, SharedPlace};
+use crate::ref_counted::Ref;
 use crate::sandbox::{Disk, Inner};
 use koya_protocol::{SHARED_VOLUMES, VOLUMES_DIR, messages};
 use koya_vmm::DiskConfig;
@@ -14,15 +14,15 @@ use std::path::Path;
 
 /// Resources that the sandbox holds for a container.
 #[derive(Default)]
-pub(crate) struct Given {
+pub(crate) struct Attachments {
     /// Names of its shares.
     shares: Vec<String>,
-    pub(crate) disks: Vec<Used<Disk>>,
+    pub(crate) disks: Vec<Ref<Disk>>,
     /// The disk with its root, and whether the guest has mounted it.
     pub(crate) image: Option<(Disk, bool)>,
 }
 
-impl Given {
+impl Attachments {
     /// Shares the host paths of a configuration, and sets their guest paths in it. Returns the volumes that the guest must
     /// look up itself, since they lie within shares of other containers.
     pub(crate) fn share(
@@ -130,7 +130,7 @@ impl Given {
         Ok(messages)
     }
 
-    pub(crate) fn take_back(self, inner: &Inner, id: &str) {
+    pub(crate) fn release(self, inner: &Inner, id: &str) {
         inner
             .shares
             .remove_all(self.shares.iter().map(String::as_str));
@@ -156,9 +156,9 @@ impl Given {
 
 /// A guest must not keep the disks of a removed container: one that does not respond is ended.
 fn end_if_overdue(inner: &Inner, id: &str, error: &Error) {
-    if matches!(error, Error::Overdue { .. }) {
+    if matches!(error, Error::Timeout { .. }) {
         inner
-            .ends
+            .terminator
             .give_up(&format!("a disk of container {id}: {error}"));
     }
 }

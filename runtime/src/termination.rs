@@ -1,8 +1,8 @@
 //! Reliable termination of containers, independent of the guest.
 //!
 //! SIGKILL is sent by the guest's agent, which may not respond, or may claim that it was sent. So the host records the
-//! request, and ends the virtual machine if the container has not ended after [`Patience::end`], or after
-//! [`Patience::end_beside_others`] while another container is alive that was not killed; or as soon as the agent fails to
+//! request, and ends the virtual machine if the container has not ended after [`Timeouts::end`], or after
+//! [`Timeouts::end_beside_others`] while another container is alive that was not killed; or as soon as the agent fails to
 //! respond, if no such container is left.
 //!
 //! The limits are extended while data is still being written to the machine's disks.
@@ -25,7 +25,7 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Time limits of the guest.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience {
+pub(crate) struct Timeouts {
     /// For the reply to a signal; after that the host replies.
     pub(crate) answer: Duration,
     /// For reporting the end of a container that was sent SIGKILL.
@@ -35,7 +35,7 @@ pub(crate) struct Patience {
     pub(crate) end_beside_others: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self {
             answer: Duration::from_secs(2),
@@ -47,14 +47,14 @@ impl Default for Patience {
 
 /// The state of one container's end.
 #[derive(Default)]
-pub(crate) struct Mark {
+pub(crate) struct Termination {
     killed: AtomicBool,
     ended: AtomicBool,
     /// Number of threads waiting for the guest's report.
     waiting: AtomicUsize,
 }
 
-impl Mark {
+impl Termination {
     /// Whether it was sent SIGKILL.
     pub(crate) fn is_killed(&self) -> bool {
         self.killed.load(Ordering::SeqCst)
@@ -79,40 +79,40 @@ impl Mark {
     }
 }
 
-/// Ends of the containers of a sandbox.
-pub(crate) struct Ends {
+/// Ends the killed containers of a sandbox.
+pub(crate) struct Terminator {
     agent: Agent,
-    patience: Patience,
-    marks: Mutex<Vec<Weak<Mark>>>,
+    timeouts: Timeouts,
+    containers: Mutex<Vec<Weak<Termination>>>,
     /// The machine's disks, which are flushed before a process that waits for that ends.
     disks: Box<dyn Fn() -> Vec<BlockHandle> + Send + Sync>,
     /// Ends the virtual machine with this reason.
     end_machine: Box<dyn Fn(&str) + Send + Sync>,
 }
 
-impl Ends {
+impl Terminator {
     pub(crate) fn new(
         agent: Agent,
-        patience: Patience,
+        timeouts: Timeouts,
         disks: impl Fn() -> Vec<BlockHandle> + Send + Sync + 'static,
         end_machine: impl Fn(&str) + Send + Sync + 'static,
     ) -> Arc<Self> {
         Arc::new(Self {
             agent,
-            patience,
-            marks: Mutex::default(),
+            timeouts,
+            containers: Mutex::default(),
             disks: Box::new(disks),
             end_machine: Box::new(end_machine),
         })
     }
 
     /// Adds a container.
-    pub(crate) fn add(&self) -> Arc<Mark> {
-        let mark = Arc::new(Mark::default());
-        let mut marks = lock(&self.marks);
-        marks.retain(|mark| mark.strong_count() > 0);
-        marks.push(Arc::downgrade(&mark));
-        mark
+    pub(crate) fn add(&self) -> Arc<Termination> {
+        let termination = Arc::new(Termination::default());
+        let mut containers = lock(&self.containers);
+        containers.retain(|termination| termination.strong_count() > 0);
+        containers.push(Arc::downgrade(&termination));
+        termination
     }
 
     /// Ends the virtual machine because the guest fails to do its duty.
@@ -127,15 +127,16 @@ impl Ends {
     /// If the agent reports that it has already ended, or the host cannot create a thread.
     pub(crate) fn kill(
         self: &Arc<Self>,
-        mark: &Arc<Mark>,
+        termination: &Arc<Termination>,
         id: &str,
         all: bool,
     ) -> Result<(), Error> {
         let threads_error = || Error::host("start a thread");
-        if !mark.killed.swap(true, Ordering::SeqCst) {
-            let unwatched = mark.clone();
-            let (ends, mark, id) = (self.clone(), Arc::downgrade(mark), id.to_owned());
-            let watched = threads::spawn("koya-overdue", move || ends.watch(&mark, &id));
+        if !termination.killed.swap(true, Ordering::SeqCst) {
+            let unwatched = termination.clone();
+            let (ends, termination, id) =
+                (self.clone(), Arc::downgrade(termination), id.to_owned());
+            let watched = threads::spawn("koya-overdue", move || ends.watch(&termination, &id));
             watched.map_err(|error| {
                 // Lets the next call try again.
                 unwatched.killed.store(false, Ordering::SeqCst);
@@ -149,7 +150,7 @@ impl Ends {
         });
         asked.map_err(threads_error())?;
         // Without a reply, the host still enforces it.
-        answer.recv_timeout(self.patience.answer).unwrap_or(Ok(()))
+        answer.recv_timeout(self.timeouts.answer).unwrap_or(Ok(()))
     }
 
     fn ask_for_kill(&self, id: &str, all: bool) -> Result<(), Error> {
@@ -159,41 +160,49 @@ impl Ends {
             Err(error @ Error::NoProcess { .. }) => return Err(error),
             Err(error) => error,
         };
-        log::warn!("container {id} is killed, and the guest does not do it: {error}");
+        log::warn!("container {id}: the guest did not deliver SIGKILL: {error}");
         // It has replied: the container may still end.
         if matches!(error, Error::Agent { .. }) {
             return Ok(());
         }
         let live = self.live();
-        if !live.is_empty() && live.iter().all(|mark| mark.is_killed()) {
+        if !live.is_empty() && live.iter().all(|termination| termination.is_killed()) {
             self.give_up("it does not answer, and all of its containers are killed");
         }
         Ok(())
     }
 
     /// The marks of containers that have not ended.
-    fn live(&self) -> Vec<Arc<Mark>> {
-        let marks = lock(&self.marks);
-        let marks = marks.iter().filter_map(Weak::upgrade);
-        marks.filter(|mark| !mark.has_ended()).collect()
+    fn live(&self) -> Vec<Arc<Termination>> {
+        let containers = lock(&self.containers);
+        let containers = containers.iter().filter_map(Weak::upgrade);
+        containers
+            .filter(|termination| !termination.has_ended())
+            .collect()
     }
 
     /// Time limit for a killed container, given the others.
     fn limit(&self) -> Duration {
-        match self.live().iter().all(|mark| mark.is_killed()) {
-            true => self.patience.end,
-            false => self.patience.end_beside_others,
+        match self
+            .live()
+            .iter()
+            .all(|termination| termination.is_killed())
+        {
+            true => self.timeouts.end,
+            false => self.timeouts.end_beside_others,
         }
     }
 
     /// Enforces the end of a killed container.
-    fn watch(&self, mark: &Weak<Mark>, id: &str) {
+    fn watch(&self, termination: &Weak<Termination>, id: &str) {
         let mut work = DiskWork::new((self.disks)());
         // Counted in polls instead of clock time: while this process is stopped, the guest does not run either.
         let (mut silent, mut whole) = (Duration::ZERO, Duration::ZERO);
         loop {
-            let Some(mark) = mark.upgrade() else { return };
-            if mark.has_ended() {
+            let Some(termination) = termination.upgrade() else {
+                return;
+            };
+            if termination.has_ended() {
                 return;
             }
             // The others may end, or be killed, meanwhile.
@@ -203,7 +212,7 @@ impl Ends {
             }
             if silent >= limit || whole >= WRITE_OUT_LIMIT {
                 // If nobody waits for the container, the guest had no reason to report its end.
-                let is_awaited = mark.waiting.load(Ordering::SeqCst) > 0;
+                let is_awaited = termination.waiting.load(Ordering::SeqCst) > 0;
                 if is_awaited || self.agent.has_ended(id).is_err() {
                     self.give_up(&format!(
                         "container {id} has not ended {limit:?} after SIGKILL"
@@ -211,7 +220,7 @@ impl Ends {
                 }
                 return;
             }
-            drop(mark);
+            drop(termination);
             std::thread::sleep(LOOK);
             silent += LOOK;
             whole += LOOK;
@@ -226,7 +235,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
     use std::time::Instant;
 
-    const PATIENCE: Patience = Patience {
+    const TIMEOUTS: Timeouts = Timeouts {
         answer: Duration::from_millis(100),
         end: Duration::from_millis(400),
         end_beside_others: Duration::from_secs(3),
@@ -234,9 +243,9 @@ mod tests {
     /// Longer than all limits above, and than the limit for a signal call.
     const LIMIT: Duration = Duration::from_secs(20);
 
-    fn ends(word: impl Fn(&str) -> Word + Send + 'static) -> (Arc<Ends>, Receiver<()>) {
+    fn ends(word: impl Fn(&str) -> Word + Send + 'static) -> (Arc<Terminator>, Receiver<()>) {
         let (sender, ended) = channel();
-        let ends = Ends::new(agent(word), PATIENCE, Vec::new, move |_| {
+        let ends = Terminator::new(agent(word), TIMEOUTS, Vec::new, move |_| {
             sender.send(()).ok();
         });
         (ends, ended)
@@ -248,7 +257,7 @@ mod tests {
         let (killed, _other) = (ends.add(), ends.add());
         let started = Instant::now();
         ends.kill(&killed, "a", false).unwrap();
-        assert!(started.elapsed() < PATIENCE.end, "{:?}", started.elapsed());
+        assert!(started.elapsed() < TIMEOUTS.end, "{:?}", started.elapsed());
         std::thread::scope(|scope| {
             // A thread waits for its end without a reply.
             let (sender, hold) = channel::<()>();
@@ -256,7 +265,7 @@ mod tests {
             ended.recv_timeout(LIMIT).unwrap();
             drop(sender);
         });
-        assert!(started.elapsed() >= PATIENCE.end_beside_others);
+        assert!(started.elapsed() >= TIMEOUTS.end_beside_others);
         assert!(killed.is_killed());
     }
 
@@ -268,11 +277,11 @@ mod tests {
         killed.waiting.store(1, Ordering::SeqCst);
         let started = Instant::now();
         ends.kill(&killed, "a", false).unwrap();
-        assert!(ended.recv_timeout(PATIENCE.end * 2).is_err());
+        assert!(ended.recv_timeout(TIMEOUTS.end * 2).is_err());
         other.end();
         ended.recv_timeout(LIMIT).unwrap();
         let took = started.elapsed();
-        assert!(took < PATIENCE.end_beside_others, "{took:?}");
+        assert!(took < TIMEOUTS.end_beside_others, "{took:?}");
     }
 
     #[test]
@@ -295,7 +304,7 @@ mod tests {
         // A container that has ended, but whose end nobody here waited for.
         let unasked = ends.add();
         ends.kill(&unasked, "b", false).unwrap();
-        assert!(ended.recv_timeout(PATIENCE.end * 3).is_err());
+        assert!(ended.recv_timeout(TIMEOUTS.end * 3).is_err());
     }
 
     /// An agent that has replied may still do it.
@@ -307,6 +316,6 @@ mod tests {
         let started = Instant::now();
         ends.kill(&killed, "a", false).unwrap();
         ended.recv_timeout(LIMIT).unwrap();
-        assert!(started.elapsed() >= PATIENCE.end);
+        assert!(started.elapsed() >= TIMEOUTS.end);
     }
 }

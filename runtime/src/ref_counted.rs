@@ -10,29 +10,29 @@ use std::sync::{Arc, Mutex};
 ///
 /// Creating and releasing a value takes as long as the guest needs, possibly minutes: only users of the same key wait for
 /// it.
-pub(crate) struct Common<K, V>(Mutex<HashMap<K, Place<V>>>);
+pub(crate) struct RefCountedMap<K, V>(Mutex<HashMap<K, Slot<V>>>);
 
-type Place<V> = Arc<Mutex<Held<V>>>;
+type Slot<V> = Arc<Mutex<Counted<V>>>;
 
-struct Held<V> {
+struct Counted<V> {
     value: Option<Arc<V>>,
     users: usize,
 }
 
-/// A reference to a shared value, to be [given back](Self::give_back).
-pub(crate) struct Used<V> {
-    place: Place<V>,
+/// A reference to a shared value, to be [given back](Self::release).
+pub(crate) struct Ref<V> {
+    slot: Slot<V>,
     value: Arc<V>,
 }
 
-impl<V> Used<V> {
+impl<V> Ref<V> {
     /// Drops the reference; `end`s the value if it was the last.
     ///
     /// # Errors
     ///
     /// The error from `end`. The value is kept then, for the next user.
-    pub(crate) fn give_back<E>(self, end: impl FnOnce(&V) -> Result<(), E>) -> Result<(), E> {
-        let mut held = lock(&self.place);
+    pub(crate) fn release<E>(self, end: impl FnOnce(&V) -> Result<(), E>) -> Result<(), E> {
+        let mut held = lock(&self.slot);
         held.users -= 1;
         if held.users == 0 {
             end(&self.value)?;
@@ -42,7 +42,7 @@ impl<V> Used<V> {
     }
 }
 
-impl<V> Deref for Used<V> {
+impl<V> Deref for Ref<V> {
     type Target = V;
 
     fn deref(&self) -> &V {
@@ -50,36 +50,32 @@ impl<V> Deref for Used<V> {
     }
 }
 
-impl<K, V> Default for Common<K, V> {
+impl<K, V> Default for RefCountedMap<K, V> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<K: Eq + Hash, V> Common<K, V> {
+impl<K: Eq + Hash, V> RefCountedMap<K, V> {
     /// Returns the value for a key, and creates it if missing.
     ///
     /// # Errors
     ///
     /// The error from `make`.
-    pub(crate) fn take<E>(
-        &self,
-        key: K,
-        make: impl FnOnce() -> Result<V, E>,
-    ) -> Result<Used<V>, E> {
-        let place = {
+    pub(crate) fn take<E>(&self, key: K, make: impl FnOnce() -> Result<V, E>) -> Result<Ref<V>, E> {
+        let slot = {
             let mut places = lock(&self.0);
             // A place without other references cannot be locked by anyone else.
-            places.retain(|_, place| Arc::strong_count(place) > 1 || lock(place).value.is_some());
+            places.retain(|_, slot| Arc::strong_count(slot) > 1 || lock(slot).value.is_some());
             let new = || {
-                Arc::new(Mutex::new(Held {
+                Arc::new(Mutex::new(Counted {
                     value: None,
                     users: 0,
                 }))
             };
             places.entry(key).or_insert_with(new).clone()
         };
-        let mut held = lock(&place);
+        let mut held = lock(&slot);
         let value = match &held.value {
             Some(value) => value.clone(),
             None => Arc::new(make()?),
@@ -87,7 +83,7 @@ impl<K: Eq + Hash, V> Common<K, V> {
         held.value = Some(value.clone());
         held.users += 1;
         drop(held);
-        Ok(Used { place, value })
+        Ok(Ref { slot, value })
     }
 }
 
@@ -98,9 +94,9 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    type Numbers = Common<&'static str, u32>;
+    type Numbers = RefCountedMap<&'static str, u32>;
 
-    fn take(numbers: &Numbers, key: &'static str, number: u32) -> Used<u32> {
+    fn take(numbers: &Numbers, key: &'static str, number: u32) -> Ref<u32> {
         numbers
             .take(key, || Ok::<_, Infallible>(number))
             .unwrap_or_else(|never| match never {})
@@ -117,7 +113,7 @@ mod tests {
                 ended.push(*number);
                 Ok::<_, Infallible>(())
             };
-            used.give_back(end).unwrap();
+            used.release(end).unwrap();
         }
         assert_eq!(ended, [1]);
         assert_eq!(*take(&numbers, "a", 4), 4);
@@ -126,11 +122,11 @@ mod tests {
     #[test]
     fn one_that_does_not_end_stays() {
         let numbers = Numbers::default();
-        let refused = take(&numbers, "a", 1).give_back(|_| Err("stuck"));
+        let refused = take(&numbers, "a", 1).release(|_| Err("stuck"));
         assert_eq!(refused, Err("stuck"));
         let again = take(&numbers, "a", 2);
         assert_eq!(*again, 1);
-        assert_eq!(again.give_back(|_| Ok::<_, &str>(())), Ok(()));
+        assert_eq!(again.release(|_| Ok::<_, &str>(())), Ok(()));
         assert_eq!(*take(&numbers, "a", 3), 3);
     }
 
@@ -154,11 +150,11 @@ mod tests {
                     reached.send(()).ok();
                     may_go.recv()
                 };
-                slow.give_back(end).unwrap();
+                slow.release(end).unwrap();
             });
             is_reached.recv().unwrap();
             let other = take(&numbers, "other", 2);
-            other.give_back(|_| Ok::<_, Infallible>(())).unwrap();
+            other.release(|_| Ok::<_, Infallible>(())).unwrap();
             go.send(()).unwrap();
         });
         assert_eq!(*take(&numbers, "slow", 3), 3);
