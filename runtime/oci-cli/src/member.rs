@@ -213,7 +213,7 @@ mod tests {
         assert!(of(&[(Network, 9)]).unwrap().is_none(), "nobody's we know");
         let error = |named: &[_]| of(named).unwrap_err().to_string();
         assert!(error(&[(Ipc, 1)]).contains("only with its network"));
-        assert!(error(&[(Network, 1), (Ipc, 3)]).contains("two virtual machines"));
+        assert!(error(&[(Network, 1), (Ipc, 3)]).contains("different virtual machines"));
         assert!(error(&[(Network, 1), (User, 1)]).contains("can't be shared"));
     }
 }
