@@ -1,7 +1,7 @@
 //! A container's control group (Documentation/admin-guide/cgroup-v2.rst): freezing, limits, statistics.
 
-use crate::helper;
-use crate::state::invalid_json;
+use crate::checks::invalid_json;
+use crate::places;
 use crate::sys;
 use anyhow::{Context, Result, bail};
 use koya_protocol::ErrorReason;
@@ -28,9 +28,9 @@ const PATIENCE: u32 = 500;
 /// Creates the parent group of all containers. Its limit of processes is lower than that of the guest: whatever containers
 /// do, the agent can still end them, and add a process to them.
 pub(crate) fn set_up() -> Result<()> {
-    let all = Path::new(ROOT).join(helper::CGROUPS.trim_start_matches('/'));
+    let all = Path::new(ROOT).join(places::CGROUPS.trim_start_matches('/'));
     fs::create_dir_all(&all)?;
-    fs::create_dir_all(Path::new(ROOT).join(helper::ENTRY_CGROUP.trim_start_matches('/')))?;
+    fs::create_dir_all(Path::new(ROOT).join(places::ENTRY_CGROUP.trim_start_matches('/')))?;
     let controllers = fs::read_to_string(all.join("cgroup.controllers"))?;
     let wanted: Vec<_> = controllers
         .split_whitespace()
@@ -150,12 +150,12 @@ fn remove(group: PathBuf) {
 
 /// Directory of a container's group.
 pub(crate) fn directory(id: &str) -> PathBuf {
-    Path::new(ROOT).join(helper::cgroup(id).trim_start_matches('/'))
+    Path::new(ROOT).join(places::cgroup(id).trim_start_matches('/'))
 }
 
 fn config(id: &str) -> CgroupConfig {
     CgroupConfig {
-        cgroup_path: helper::cgroup(id).into(),
+        cgroup_path: places::cgroup(id).into(),
         systemd_cgroup: false,
         container_name: id.into(),
     }

@@ -3,7 +3,7 @@
 
 use crate::device_rules;
 use crate::disks;
-use crate::helper;
+use crate::places;
 use anyhow::{Context, Result};
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 /// Sets the values that the guest determines, whatever the configuration contains.
 pub(crate) fn adapt(spec: &mut Spec, id: &str) -> Result<()> {
     if let Some(linux) = spec.linux_mut() {
-        linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
+        linux.set_cgroups_path(Some(PathBuf::from(places::cgroup(id))));
         // A label for the host's security module, without meaning in the guest.
         linux.set_mount_label(None);
         // libcontainer would mask a duplicate path twice.
@@ -105,7 +105,7 @@ pub(crate) fn for_added(spec: &Spec) -> Spec {
     // An empty list: with mapped users libcontainer rejects a configuration without one.
     added.set_mounts(Some(Vec::new()));
     let mut linux = spec.linux().clone().unwrap_or_default();
-    linux.set_cgroups_path(Some(helper::ENTRY_CGROUP.into()));
+    linux.set_cgroups_path(Some(places::ENTRY_CGROUP.into()));
     linux
         .set_resources(None)
         .set_seccomp(None)
@@ -194,7 +194,7 @@ pub(crate) fn make_working_directory(spec: &mut Spec) {
         uid.to_string(),
         gid.to_string(),
     ];
-    let mut all = vec![helper::WORKING_DIRECTORY];
+    let mut all = vec![places::WORKING_DIRECTORY];
     all.extend(args.iter().map(String::as_str));
     add_hook(spec, &all);
 }
@@ -202,7 +202,7 @@ pub(crate) fn make_working_directory(spec: &mut Spec) {
 /// Adds a hook that runs a helper with these arguments in the container's mount namespace, after the container's mounts and
 /// earlier hooks.
 pub(crate) fn add_hook(spec: &mut Spec, args: &[&str]) {
-    let all = [helper::ARGUMENT, helper::ARGUMENT].iter().chain(args);
+    let all = [places::ARGUMENT, places::ARGUMENT].iter().chain(args);
     let mut hook = Hook::default();
     hook.set_path("/proc/self/exe".into());
     hook.set_args(Some(all.map(|&word| word.to_owned()).collect()));
@@ -365,7 +365,7 @@ mod tests {
         assert!(all["process"]["noNewPrivileges"].is_null());
         assert_eq!(all["mounts"][1]["source"], "/f");
         let args = &all["hooks"]["createContainer"][0]["args"];
-        assert_eq!(args[2], helper::WORKING_DIRECTORY);
+        assert_eq!(args[2], places::WORKING_DIRECTORY);
         assert_eq!(
             (&args[3], &args[4], &args[5], &args[6]),
             (&"/r".into(), &"/w".into(), &"5".into(), &"6".into())
@@ -418,7 +418,7 @@ mod tests {
         let mut whole = spec(SPEC);
         adapt(&mut whole, "c").unwrap();
         let added = serde_json::to_value(for_added(&whole)).unwrap();
-        assert_eq!(added["linux"]["cgroupsPath"], helper::ENTRY_CGROUP);
+        assert_eq!(added["linux"]["cgroupsPath"], places::ENTRY_CGROUP);
         assert_eq!(added["linux"]["namespaces"].as_array().unwrap().len(), 3);
         assert_eq!(added["linux"]["uidMappings"][1]["hostID"], 9000);
         assert_eq!(added["root"]["path"], "/r");

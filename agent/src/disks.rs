@@ -1,9 +1,9 @@
 //! Disks of the guest: attaching, detaching, and access of containers.
 
+use crate::checks::check_id;
 use crate::configuration;
 use crate::device_rules;
-use crate::helper::bundle;
-use crate::state::check_id;
+use crate::places::bundle;
 use anyhow::{Context, Result, bail};
 use koya_protocol::ErrorReason;
 use koya_protocol::messages::BlockDevice;

@@ -7,6 +7,7 @@ use crate::affinity::Affinity;
 use crate::cgroup;
 use crate::configuration;
 use crate::executor::{self, Confinement, Program};
+use crate::places::{LATE_MOUNTS, PAUSE, READ_ONLY_DEV, WORKING_DIRECTORY, bundle};
 use crate::privileges::Privileges;
 use crate::start_hooks::StartHooks;
 use crate::user_namespace::UserNamespace;
@@ -28,17 +29,8 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// The first argument of a helper.
-pub(crate) const ARGUMENT: &str = "helper";
-
 /// Directory of libcontainer's state.
 const STATE: &str = "/run/koya/state";
-/// Directory of containers' bundles.
-const BUNDLES: &str = "/run/koya/bundles";
-/// The cgroup under which containers' cgroups are.
-pub(crate) const CGROUPS: &str = "/koya";
-/// The cgroup of processes on their way into a container.
-pub(crate) const ENTRY_CGROUP: &str = "/koya-entry";
 /// Directory of the container states that libcontainer reads for them.
 const ENTRIES: &str = "/run/koya/entries";
 
@@ -49,11 +41,6 @@ const ADDED: &str = "added";
 const SHARED: &str = "shared.json";
 /// Privileges that the container's own process gives up by itself.
 const PRIVILEGES: &str = "privileges.json";
-
-/// Path of a container's bundle.
-pub(crate) fn bundle(id: &str) -> PathBuf {
-    Path::new(BUNDLES).join(id)
-}
 
 /// Writes a container's bundle, with the data for exec processes.
 pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
@@ -75,14 +62,6 @@ pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
         serde_json::to_vec(&(seccomp, affinity, configuration::mapped_uids(spec)))?,
     )?)
 }
-
-/// Path of a container's cgroup in its configuration.
-pub(crate) fn cgroup(id: &str) -> String {
-    format!("{CGROUPS}/{id}")
-}
-
-/// The first argument of the process that is PID 1 in the pid namespace shared by a sandbox's containers.
-pub(crate) const PAUSE: &str = "pause";
 
 /// Result of a helper for PID 1.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,16 +90,6 @@ impl Outcome {
         }
     }
 }
-
-/// The first argument of a helper that creates a working directory: `ROOT DIRECTORY UID GID` follow.
-pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
-
-/// The first argument of a helper that makes late mounts: `ROOT MOUNTS` follow.
-pub(crate) const LATE_MOUNTS: &str = "late-mounts";
-
-/// The first argument of a helper that makes a container's `/dev` read-only: `ROOT TERMINAL` follow, the latter true or
-/// false.
-pub(crate) const READ_ONLY_DEV: &str = "read-only-dev";
 
 /// Runs one operation: `create ID OUTCOME CONSOLE FURTHER UID`, `start ID OUTCOME`,
 /// `exec ID OUTCOME CGROUP TERMINAL CONSOLE FURTHER PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. TERMINAL are

@@ -4,7 +4,7 @@
 //! not lead out of it. A hook makes these mounts in the container's mount namespace.
 
 use crate::configuration::{self, is_bind};
-use crate::helper;
+use crate::places;
 use anyhow::{Context, Result};
 use koya_protocol::OWN_ROOT;
 use koya_rootfs::{Kind, Rootfs, make_read_only};
@@ -105,14 +105,14 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
     let root = root_of(spec);
     if !late.is_empty() {
         let text = serde_json::to_string(&late)?;
-        configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root, &text]);
+        configuration::add_hook(spec, &[places::LATE_MOUNTS, &root, &text]);
     }
     // libcontainer leaves it writable, since it creates nodes there.
     if has_read_only_dev {
         let process = spec.process().as_ref();
         let terminal = process.and_then(|process| process.terminal());
         let terminal = terminal.unwrap_or_default().to_string();
-        configuration::add_hook(spec, &[helper::READ_ONLY_DEV, &root, &terminal]);
+        configuration::add_hook(spec, &[places::READ_ONLY_DEV, &root, &terminal]);
     }
     Ok(())
 }
@@ -265,7 +265,7 @@ mod tests {
         let args = &all["hooks"]["createContainer"][0]["args"];
         assert_eq!(
             (&args[2], &args[3]),
-            (&helper::LATE_MOUNTS.into(), &"/r".into())
+            (&places::LATE_MOUNTS.into(), &"/r".into())
         );
         let late: Vec<Late> = serde_json::from_str(args[4].as_str().unwrap()).unwrap();
         assert_eq!(late.len(), 3);

@@ -9,8 +9,10 @@
 //! the reason. That is the intended way for a fatal error here.
 
 mod affinity;
+mod blocking;
 mod boot;
 mod cgroup;
+mod checks;
 mod clock;
 mod configuration;
 mod console;
@@ -27,6 +29,7 @@ mod mappings;
 mod names;
 mod network;
 mod oom;
+mod places;
 mod privileges;
 mod reaper;
 mod root_setup;
@@ -47,10 +50,10 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
-    if args.get(1).map(String::as_str) == Some(helper::ARGUMENT) {
+    if args.get(1).map(String::as_str) == Some(places::ARGUMENT) {
         return helper::main(&args[2..]);
     }
-    if args.get(1).map(String::as_str) == Some(helper::PAUSE) {
+    if args.get(1).map(String::as_str) == Some(places::PAUSE) {
         helper::pause_main();
     }
     if let Some(file) = args.first().and_then(|name| mappings::file_of(name)) {

@@ -2,7 +2,7 @@
 //! not mount, mount points.
 
 use crate::configuration;
-use crate::helper::bundle;
+use crate::places::bundle;
 use anyhow::{Context, Result, bail};
 use koya_protocol::{image_root, messages};
 use koya_rootfs::{Kind, Rootfs, says_read_only};

@@ -1,7 +1,9 @@
 //! The service for the host (`agent/protocol/proto/agent.proto`), on the one connection that the agent makes before any
 //! container exists.
 
+use crate::blocking::run_blocking;
 use crate::cgroup;
+use crate::checks::check_id;
 use crate::clock;
 use crate::console;
 use crate::cpus;
@@ -11,7 +13,7 @@ use crate::images;
 use crate::names;
 use crate::network;
 use crate::reaper;
-use crate::state::{State, Streams, check_id};
+use crate::state::{State, Streams};
 use crate::sysctl;
 use crate::watches;
 use anyhow::{Context, Result, bail};
@@ -510,12 +512,4 @@ impl Agent for Service {
         })
         .await
     }
-}
-
-/// Runs work that may wait for a disk, or for a container's own files, on another thread, so that other requests are served
-/// meanwhile.
-pub(crate) async fn run_blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await?
 }

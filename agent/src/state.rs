@@ -1,15 +1,17 @@
 //! State of containers and their processes, for the agent's main thread.
 
+use crate::blocking::run_blocking;
+use crate::checks::{check_id, invalid_json};
 use crate::configuration;
 use crate::console::{self, ConsoleSocket};
 use crate::device_rules;
 use crate::disks;
-use crate::helper::{self, bundle};
+use crate::helper;
 use crate::late_mounts;
 use crate::mappings;
 use crate::oom::Ooms;
+use crate::places::{self, bundle};
 use crate::reaper::{self, End, Reaper};
-use crate::service::run_blocking;
 use crate::start_hooks::StartHooks;
 use crate::streams;
 use crate::{cgroup, root_setup, sys, tmpfs, volumes};
@@ -378,7 +380,7 @@ impl State {
         let number = self.helpers.replace(self.helpers.get() + 1);
         let outcome = PathBuf::from(format!("/run/koya/outcomes/{number}"));
         let outcome_text = outcome.to_string_lossy();
-        let mut all = vec![helper::ARGUMENT, args[0], args[1], &outcome_text];
+        let mut all = vec![places::ARGUMENT, args[0], args[1], &outcome_text];
         all.extend(&args[2..]);
         let child = Command::new("/proc/self/exe")
             .args(all)
@@ -456,20 +458,6 @@ fn give_terminal(process: &Tracked, uid: u32) -> Result<()> {
         fchown(terminal, Some(Uid::from_raw(uid)), None)?;
     }
     Ok(())
-}
-
-/// The error for an invalid part of a request.
-pub(crate) fn invalid_json(what: &str, error: &serde_json::Error) -> ErrorReason {
-    ErrorReason::Invalid(format!("the {what} is broken: {error}"))
-}
-
-/// Checks that an ID is a single path component.
-pub(crate) fn check_id(id: &str) -> Result<&str> {
-    if !koya_protocol::is_id(id) {
-        let reason = format!("{id:?} is no name for a container or process");
-        bail!(ErrorReason::Invalid(reason));
-    }
-    Ok(id)
 }
 
 fn namespace_of(pid: i32, kind: &str) -> Result<File> {

@@ -2,8 +2,8 @@
 
 mod group;
 
-use crate::service::run_blocking;
-use crate::state::check_id;
+use crate::blocking::run_blocking;
+use crate::checks::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::{DiskVolume, EphemeralVolume, SharedVolume};
 use koya_protocol::{EPHEMERAL_DIR, SHARED_DIR, SHARED_VOLUMES, VOLUMES_DIR};

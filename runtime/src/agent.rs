@@ -5,8 +5,8 @@ mod network;
 mod times;
 
 use crate::account::Accounts;
-use crate::container::GuestResources;
 use crate::container_config::Device;
+use crate::guest_resources::GuestResources;
 use crate::oci::{SharedNamespaces, SharedPidNamespace};
 use crate::patience::WRITE_OUT_LIMIT;
 use crate::stats::ContainerStats;

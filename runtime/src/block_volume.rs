@@ -6,7 +6,8 @@
 
 use crate::Error;
 use crate::direct_volume::DirectVolume;
-use crate::{directories, size};
+use crate::directories;
+use crate::units::parse_size;
 use oci_spec::runtime::Mount;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -160,7 +161,7 @@ impl FromStr for BlockVolume {
 }
 
 fn bytes(text: &str) -> Result<u64, Error> {
-    let bytes = size::parse(text).and_then(|(number, unit)| {
+    let bytes = parse_size(text).and_then(|(number, unit)| {
         let shift = match unit.as_str() {
             "" => 0,
             "k" => 10,

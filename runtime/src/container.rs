@@ -1,19 +1,20 @@
 //! Containers and their processes.
 
-use crate::Error;
 use crate::account::Accounts;
 use crate::agent::{self, Agent};
 use crate::attachments::Attachments;
 use crate::container_config::{
     ContainerConfig, Device, ExecOptions, ProcessConfig, ProcessStreams,
 };
+use crate::guest_resources::GuestResources;
 use crate::mount_points;
-use crate::oci::{self, Bundle, Root, SharedNamespaces};
+use crate::oci::{self, Bundle, Root};
 use crate::pending_streams::PendingStreams;
 use crate::sandbox::Inner;
 use crate::stats::ContainerStats;
 use crate::sync::lock;
 use crate::termination::Termination;
+use crate::{Error, Sandbox};
 use koya_protocol::messages;
 use koya_vmm::DiskConfig;
 use koya_vmm::host::threads;
@@ -61,19 +62,6 @@ pub struct Output {
     pub stdout: Vec<u8>,
     /// All of its standard error.
     pub stderr: Vec<u8>,
-}
-
-/// Requirements of a container in the guest beyond its OCI configuration.
-#[derive(Default)]
-pub(crate) struct GuestResources {
-    pub(crate) devices: Vec<messages::BlockDevice>,
-    pub(crate) volumes: Vec<messages::EphemeralVolume>,
-    pub(crate) direct: Vec<messages::DiskVolume>,
-    pub(crate) shared: Vec<messages::SharedVolume>,
-    pub(crate) namespaces: SharedNamespaces,
-    /// Whether it has a device node for every device of the guest.
-    pub(crate) guest_devices: bool,
-    pub(crate) files: Vec<messages::File>,
 }
 
 /// Creates a container's first process, which waits to be started.
@@ -550,5 +538,21 @@ impl Process {
             stdout: join(stdout)?,
             stderr: join(stderr)?,
         })
+    }
+}
+
+impl Sandbox {
+    /// As [`create`](Self::create), for an OCI bundle, whose root file system must be mounted. Missing mount points and a
+    /// missing working directory are created in it.
+    ///
+    /// # Errors
+    /// The unsupported part of the configuration, or the reason why the guest could not create the container.
+    pub fn create_oci(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        streams: impl Into<ProcessStreams>,
+    ) -> Result<Container, Error> {
+        Container::create_oci(self.inner.clone(), id, bundle, &streams.into())
     }
 }

@@ -40,6 +40,7 @@ mod egress_filter;
 mod ephemeral;
 mod error;
 pub mod files;
+mod guest_resources;
 mod host_view;
 #[doc(hidden)]
 pub mod internals;
@@ -62,6 +63,7 @@ mod termination;
 #[cfg(test)]
 mod test_agent;
 pub mod timeline;
+mod units;
 mod unpacked;
 
 /// Target of log messages whose number a guest determines: programs leave them out of their logs. All others of this
@@ -94,9 +96,10 @@ pub use patience::DiskWrites;
 pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;
-pub use size::{Size, parse as parse_size};
+pub use size::Size;
 pub use stats::{ContainerStats, CpuStats, DeviceIo, HugePageUse};
 pub use timeline::{Step, Timeline, TimelineFile};
+pub use units::parse_size;
 pub use unpacked::prepare_image_root;
 
 /// The README's snippets, compiled.

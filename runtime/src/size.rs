@@ -16,18 +16,6 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Interval between repeated requests to turn a CPU off.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
-/// Parses a size into its number and its unit in lower case: `512m`, `2GiB` and `2gb` have `m` and `g`, `1024` has none.
-/// `None` if it does not begin with a number.
-pub fn parse(text: &str) -> Option<(u64, String)> {
-    let lower = text.to_lowercase();
-    let end = lower
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(lower.len());
-    let (number, unit) = lower.split_at(end);
-    let unit = unit.trim_end_matches("ib").trim_end_matches('b');
-    Some((number.parse().ok()?, unit.to_owned()))
-}
-
 /// The size of a running guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {

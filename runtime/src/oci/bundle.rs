@@ -1,8 +1,6 @@
 //! The input of an OCI runtime for a container: a configuration and a root file system.
 
-use crate::account::Accounts;
-use crate::mount_points;
-use crate::{Container, Error, ProcessStreams, Sandbox};
+use crate::Error;
 use oci_spec::runtime::Spec;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -19,46 +17,6 @@ pub struct Bundle {
     pub rootfs: PathBuf,
     /// Meaning of namespaces that the configuration names by path.
     pub shared: SharedNamespaces,
-}
-
-impl Bundle {
-    /// Validates it as far as that is possible without a virtual machine: its creation repeats that. The root file system
-    /// must be mounted.
-    ///
-    /// # Errors
-    /// The unsupported or invalid part of the configuration.
-    pub fn check(&self) -> Result<(), Error> {
-        let root = Root::of(&self.rootfs)?;
-        let adapted = super::adapt("container", self.clone(), root, &Accounts::default())?;
-        match root {
-            Root::Directory => mount_points::check(&self.rootfs, &adapted.mount_points),
-            Root::Image => Ok(()),
-        }
-    }
-}
-
-/// Validates a configuration by itself, without looking at the files that it names.
-///
-/// # Errors
-/// The unsupported or invalid part.
-pub fn check_configuration(spec: &Spec) -> Result<(), Error> {
-    super::check_supported(spec)
-}
-
-impl Sandbox {
-    /// As [`create`](Self::create), for an OCI bundle, whose root file system must be mounted. Missing mount points and a
-    /// missing working directory are created in it.
-    ///
-    /// # Errors
-    /// The unsupported part of the configuration, or the reason why the guest could not create the container.
-    pub fn create_oci(
-        &self,
-        id: &str,
-        bundle: &Bundle,
-        streams: impl Into<ProcessStreams>,
-    ) -> Result<Container, Error> {
-        Container::create_oci(self.inner.clone(), id, bundle, &streams.into())
-    }
 }
 
 /// Owners of the namespaces that a container's configuration names by path: such paths are of the host, the processes are in

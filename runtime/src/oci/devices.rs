@@ -1,6 +1,5 @@
 //! Device nodes and device rules: disks of the host, and the guest's own devices.
 
-use super::refuse;
 use crate::Error;
 use oci_spec::runtime::{self as oci, LinuxDeviceType};
 use rustix::fs::FileType;
@@ -128,7 +127,7 @@ pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapte
             if is_read_only && !device.path().starts_with("/dev") {
                 let path = device.path().display();
                 let reason = format!("{path}: it can't be made outside /dev in a read-only root");
-                return Err(refuse("linux.devices", reason));
+                return Err(Error::unsupported("linux.devices", reason));
             }
             devices.push(below_dev(device));
         } else if let Some(disk) = disk.filter(is_volume) {
@@ -142,7 +141,7 @@ pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapte
         } else {
             let path = device.path().display();
             let reason = format!("{path} is a device of the host, which a guest does not have");
-            return Err(refuse("linux.devices", reason));
+            return Err(Error::unsupported("linux.devices", reason));
         }
     }
     linux.set_devices(Some(devices));

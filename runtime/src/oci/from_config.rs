@@ -13,7 +13,7 @@ use koya_protocol::messages::File;
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::{Component, Path, PathBuf};
+use std::path::PathBuf;
 
 /// Builds the bundle for a container's configuration. Its user is looked up in these accounts.
 ///
@@ -228,33 +228,6 @@ fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     ];
     all.extend(own_mounts::of(config)?);
     Ok(all)
-}
-
-pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
-    if !path.is_absolute() {
-        let reason = format!("{} is not an absolute path", path.display());
-        return Err(Error::invalid(field, reason));
-    }
-    text(field, path)
-}
-
-/// An absolute path without `.` and `..`, which are removed without regard to links, as by Docker.
-pub(super) fn normalized(path: &Path) -> PathBuf {
-    let mut plain = PathBuf::from("/");
-    for component in path.components() {
-        match component {
-            Component::Normal(name) => plain.push(name),
-            Component::ParentDir => drop(plain.pop()),
-            _ => {}
-        }
-    }
-    plain
-}
-
-/// A path as text, since JSON is text.
-fn text<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
-    let reason = || format!("{path:?} is not UTF-8");
-    path.to_str().ok_or_else(|| Error::invalid(field, reason()))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ pub(crate) mod from_config;
 mod mounts;
 mod namespaces;
 mod own_root;
+mod paths;
 pub(crate) mod process;
 mod seccomp;
 mod shares;
@@ -21,7 +22,7 @@ mod users;
 mod valid;
 
 pub(crate) use bundle::Root;
-pub use bundle::{Bundle, SharedNamespaces, SharedPidNamespace, check_configuration};
+pub use bundle::{Bundle, SharedNamespaces, SharedPidNamespace};
 pub(crate) use devices::HostDisk;
 pub(crate) use mounts::OnHost;
 pub use process::DEFAULT_PATH;
@@ -30,6 +31,7 @@ pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
 use crate::Error;
 use crate::account::Accounts;
 use crate::block_volume::GuestVolume;
+use crate::mount_points;
 use koya_protocol::hook;
 use koya_protocol::messages::EphemeralVolume;
 use koya_vmm::devices::fs::ShareOptions;
@@ -53,9 +55,28 @@ pub(crate) struct Adapted {
     pub(crate) mount_points: Vec<(PathBuf, Option<bool>)>,
 }
 
-/// The error for a valid but unsupported request.
-fn refuse(field: &'static str, reason: impl Into<String>) -> Error {
-    Error::unsupported(field, reason)
+impl Bundle {
+    /// Validates it as far as that is possible without a virtual machine: its creation repeats that. The root file system
+    /// must be mounted.
+    ///
+    /// # Errors
+    /// The unsupported or invalid part of the configuration.
+    pub fn check(&self) -> Result<(), Error> {
+        let root = Root::of(&self.rootfs)?;
+        let adapted = adapt("container", self.clone(), root, &Accounts::default())?;
+        match root {
+            Root::Directory => mount_points::check(&self.rootfs, &adapted.mount_points),
+            Root::Image => Ok(()),
+        }
+    }
+}
+
+/// Validates a configuration by itself, without looking at the files that it names.
+///
+/// # Errors
+/// The unsupported or invalid part.
+pub fn check_configuration(spec: &Spec) -> Result<(), Error> {
+    check_supported(spec)
 }
 
 /// Converts a container's configuration for the guest.
@@ -168,7 +189,10 @@ fn check_supported(spec: &Spec) -> Result<(), Error> {
     }
     let linux = spec.linux().as_ref();
     if linux.is_some_and(|linux| linux.intel_rdt().is_some()) {
-        return Err(refuse("linux.intelRdt", "a guest has no such control"));
+        return Err(Error::unsupported(
+            "linux.intelRdt",
+            "a guest has no such control",
+        ));
     }
     if let Some(seccomp) = linux.and_then(|linux| linux.seccomp().as_ref()) {
         seccomp::check(seccomp)?;
@@ -177,11 +201,11 @@ fn check_supported(spec: &Spec) -> Result<(), Error> {
     if devices.is_some_and(|devices| !devices.is_empty()) {
         let reason =
             "interfaces become the guest's by the container's network namespace: put them there";
-        return Err(refuse("linux.netDevices", reason));
+        return Err(Error::unsupported("linux.netDevices", reason));
     }
     if linux.is_some_and(|linux| linux.memory_policy().is_some()) {
         let reason = "a guest's memory is one node, and the host's nodes are not its to choose";
-        return Err(refuse("linux.memoryPolicy", reason));
+        return Err(Error::unsupported("linux.memoryPolicy", reason));
     }
     namespaces::check(spec)
 }
@@ -200,7 +224,7 @@ fn check_hooks(hooks: &oci::Hooks) -> Result<(), Error> {
     for (name, list, why) in lists {
         if list.as_ref().is_some_and(|list| !list.is_empty()) {
             let reason = format!("{name} hooks are not supported here: {why}");
-            return Err(refuse("hooks", reason));
+            return Err(Error::unsupported("hooks", reason));
         }
     }
     let own = hooks.start_container().as_deref().unwrap_or_default();
@@ -213,7 +237,7 @@ fn root_propagation(wanted: &str) -> Result<String, Error> {
     let plain = wanted.strip_prefix('r').unwrap_or(wanted);
     match ["shared", "slave", "private", "unbindable"].contains(&plain) {
         true => Ok(plain.into()),
-        false => Err(refuse(
+        false => Err(Error::unsupported(
             "linux.rootfsPropagation",
             format!("{wanted:?} is not supported"),
         )),

@@ -2,7 +2,7 @@
 
 use super::devices::{device_number, guest_node};
 use super::shares::{Share, guest_path};
-use super::{namespaces, refuse, users};
+use super::{namespaces, users};
 use crate::Error;
 use crate::block_volume::GuestVolume;
 use crate::direct_volume;
@@ -62,7 +62,10 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
             let MountSource::Share(share) = &mut source_kind else {
                 let destination = mount.destination().display();
                 let why = "id-mapped mounts are only supported for bind-mounts of the host's files";
-                return Err(refuse("mounts", format!("{destination}: {why}")));
+                return Err(Error::unsupported(
+                    "mounts",
+                    format!("{destination}: {why}"),
+                ));
             };
             share.users = Some(mapped);
             users::remove(&mut mount);
@@ -165,7 +168,7 @@ fn adapt_mount(
             return Ok((adapted, MountSource::Nothing));
         }
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
-        return Err(refuse("mounts", reason));
+        return Err(Error::unsupported("mounts", reason));
     }
     let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
@@ -257,7 +260,7 @@ fn refuse_options(directory: &Path, mount: &Mount) -> Result<(), Error> {
     match unsupported.find(|option| has(mount, option)) {
         Some(option) => {
             let reason = format!("{destination}: the option {option} is not supported");
-            Err(refuse("mounts", reason))
+            Err(Error::unsupported("mounts", reason))
         }
         None => Ok(()),
     }
@@ -396,14 +399,14 @@ fn adapt_bind(
             let destination = mount.destination().display();
             let reason =
                 format!("{destination}: mounts of a guest can't reach the host ({option})");
-            return Err(refuse("mounts", reason));
+            return Err(Error::unsupported("mounts", reason));
         }
     }
     if let Some(volume) = direct_volume::find(&source)? {
         adapted.set_source(Some(own_place(id, number)));
         return Ok((adapted, MountSource::Direct(GuestVolume::Device(volume))));
     }
-    let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
+    let wrong = |why: String| Error::unsupported("mounts", format!("{}: {why}", source.display()));
     let found = source.metadata();
     let found = found.map_err(Error::invalid_by("mounts", source.display().to_string()))?;
     if found.file_type().is_char_device()

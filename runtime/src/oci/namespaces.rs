@@ -1,6 +1,6 @@
 //! Namespaces: those of the container, those of the sandbox, and unsupported ones.
 
-use super::{SharedPidNamespace, refuse};
+use super::bundle::SharedPidNamespace;
 use crate::Error;
 use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
 
@@ -19,7 +19,7 @@ pub(super) fn check(spec: &Spec) -> Result<(), Error> {
             let reason = format!(
                 "the host's {name} namespace can't be a guest's: give the container one of its own"
             );
-            return Err(refuse("linux.namespaces", reason));
+            return Err(Error::unsupported("linux.namespaces", reason));
         }
     }
     let mut kinds = Vec::new();
@@ -71,7 +71,7 @@ pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPidNamespace) -> Result
             (true, LinuxNamespaceType::Pid) if *pids != SharedPidNamespace::Unknown => None,
             (true, other) => {
                 let reason = format!("containers can't share this {other} namespace");
-                return Err(refuse("linux.namespaces", reason));
+                return Err(Error::unsupported("linux.namespaces", reason));
             }
         });
         namespaces.push(own);

@@ -2,7 +2,6 @@
 //! root means the contents left there by earlier mounts.
 
 use super::mounts::{has, is_bind, source_of};
-use super::refuse;
 use crate::Error;
 use koya_protocol::OWN_ROOT;
 use oci_spec::runtime::{Mount, Spec};
@@ -68,7 +67,7 @@ fn check(mount: &Mount, source: &Path, later: &[Mount]) -> Result<(), Error> {
     let place = mount.destination().display();
     let refused = |what: String| {
         let reason = format!("{place}: {what} where the source is in the container's own root");
-        Err(refuse("mounts", reason))
+        Err(Error::unsupported("mounts", reason))
     };
     let mut options = mount.options().iter().flatten();
     if let Some(other) = options.find(|option| !OPTIONS.contains(&option.as_str())) {

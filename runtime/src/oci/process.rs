@@ -1,6 +1,6 @@
 //! Processes: the first one of a container, and exec processes.
 
-use super::from_config::{absolute, normalized};
+use super::paths::{absolute, normalized};
 use crate::account::{Account, Accounts};
 use crate::{Error, ProcessConfig, Stdio};
 use koya_protocol::cpus;

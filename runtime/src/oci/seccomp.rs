@@ -1,7 +1,6 @@
 //! Seccomp filters that notify a program of the host (`SCMP_ACT_NOTIFY`) are refused: their descriptor can't leave the
 //! guest.
 
-use super::refuse;
 use crate::Error;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction};
 
@@ -30,7 +29,7 @@ pub(super) fn check(seccomp: &LinuxSeccomp) -> Result<(), Error> {
     }
     let reason =
         format!("SCMP_ACT_NOTIFY: a program of the host can't be notified of {first} in a guest");
-    Err(refuse(FIELD, reason))
+    Err(Error::unsupported(FIELD, reason))
 }
 
 #[cfg(test)]

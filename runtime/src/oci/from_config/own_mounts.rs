@@ -1,7 +1,7 @@
 //! User-defined mounts: volumes and tmpfs, each at its path, independent of the order of the options.
 
-use super::{absolute, normalized, text};
 use crate::container_config::{Tmpfs, Volume};
+use crate::oci::paths::{absolute, normalized, text};
 use crate::{ContainerConfig, Error};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};

@@ -7,6 +7,7 @@ use crate::account::tests::rootfs;
 use crate::{ProcessConfig, Rlimit, Seccomp, Stdio, Tmpfs, User, Volume};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// The OCI configuration of a container as JSON.
 fn of(change: impl FnOnce(&mut ContainerConfig)) -> Value {

@@ -1,0 +1,35 @@
+//! Paths that users write.
+
+use crate::Error;
+use std::path::{Component, Path, PathBuf};
+
+/// An absolute path as text.
+///
+/// # Errors
+/// If it is relative, or not UTF-8.
+pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
+    if !path.is_absolute() {
+        let reason = format!("{} is not an absolute path", path.display());
+        return Err(Error::invalid(field, reason));
+    }
+    text(field, path)
+}
+
+/// An absolute path without `.` and `..`, which are removed without regard to links, as by Docker.
+pub(super) fn normalized(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => drop(plain.pop()),
+            _ => {}
+        }
+    }
+    plain
+}
+
+/// A path as text, since JSON is text.
+pub(super) fn text<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
+    let reason = || format!("{path:?} is not UTF-8");
+    path.to_str().ok_or_else(|| Error::invalid(field, reason()))
+}
