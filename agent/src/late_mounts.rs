@@ -7,7 +7,7 @@ use crate::configuration::{self, is_bind};
 use crate::places;
 use anyhow::{Context, Result};
 use koya_protocol::OWN_ROOT;
-use koya_rootfs::{Kind, Rootfs, make_read_only};
+use koya_rootfs::{Kind, Rootfs, make_read_only, says_read_only};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{FileType, fstat};
 use rustix::mount::{
@@ -63,7 +63,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
         let at = mount.destination();
         let own = own_source(mount);
         let is_whole = at == Path::new("/dev") || own.is_some();
-        let mut options = mount.options().iter().flatten();
+        let options = mount.options().iter().flatten();
         // Those that are late mounts themselves are made after it.
         let below =
             |other: &&Mount| is_whole && other.destination().starts_with(at) && !comes_late(other);
@@ -79,7 +79,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
             is_own: own.is_some(),
             is_recursive: own.is_none() || options.clone().any(|option| option == "rbind"),
             at: at.clone(),
-            read_only: options.any(|option| option == "ro" || option == "rro"),
+            read_only: is_read_only(mount),
             above: above.map(|other| other.destination().clone()).collect(),
         });
     }
@@ -96,11 +96,9 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
             true => (mount.destination() == Path::new("/dev")).then(empty_dev),
         });
     let kept: Vec<Mount> = kept.collect();
-    let is_read_only = |mount: &Mount| {
-        let mut options = mount.options().iter().flatten();
-        mount.destination() == Path::new("/dev") && options.any(|option| option == "ro")
-    };
-    let has_read_only_dev = kept.iter().any(is_read_only);
+    let has_read_only_dev = kept
+        .iter()
+        .any(|mount| mount.destination() == Path::new("/dev") && is_read_only(mount));
     spec.set_mounts(Some(kept));
     let root = root_of(spec);
     if !late.is_empty() {
@@ -213,6 +211,10 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
 
 fn is_directory(fd: &OwnedFd) -> rustix::io::Result<bool> {
     fstat(fd).map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
+}
+
+fn is_read_only(mount: &Mount) -> bool {
+    says_read_only(mount.options().as_deref().unwrap_or_default())
 }
 
 /// The path in the container's root that a mount's source refers to, if any.

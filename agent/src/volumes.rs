@@ -174,6 +174,8 @@ fn options(all: &[String]) -> (MountFlags, String) {
     for option in all.iter().flat_map(|all| all.split(',')) {
         match option {
             "ro" => flags |= MountFlags::RDONLY,
+            // The last one counts.
+            "rw" => flags &= !MountFlags::RDONLY,
             "nosuid" => flags |= MountFlags::NOSUID,
             "nodev" => flags |= MountFlags::NODEV,
             "noexec" => flags |= MountFlags::NOEXEC,
@@ -183,7 +185,7 @@ fn options(all: &[String]) -> (MountFlags, String) {
             "nodiratime" => flags |= MountFlags::NODIRATIME,
             "relatime" => flags |= MountFlags::RELATIME,
             "strictatime" => flags |= MountFlags::STRICTATIME,
-            "rw" | "suid" | "dev" | "exec" | "async" | "atime" | "diratime" | "norelatime"
+            "suid" | "dev" | "exec" | "async" | "atime" | "diratime" | "norelatime"
             | "defaults" | "" => {}
             // For the programs that read /etc/fstab.
             "_netdev" | "nofail" | "auto" | "noauto" | "user" | "nouser" => {}

@@ -6,6 +6,7 @@ use crate::oci::{self, HostDisk, Share, SharedPlace};
 use crate::ref_counted::Ref;
 use crate::sandbox::{Disk, Inner};
 use koya_protocol::{SHARED_VOLUMES, VOLUMES_DIR, messages};
+use koya_rootfs::says_read_only;
 use koya_vmm::DiskConfig;
 use oci_spec::runtime::Spec;
 use std::collections::HashMap;
@@ -114,8 +115,8 @@ impl Attachments {
         let mut messages = Vec::new();
         for (number, volume) in volumes {
             let (volume, _made) = volume.make()?;
-            let mut options = volume.options.iter().flat_map(|options| options.split(','));
-            let read_only = options.any(|option| option == "ro");
+            let options = volume.options.iter().flat_map(|options| options.split(','));
+            let read_only = says_read_only(&options.map(str::to_owned).collect::<Vec<_>>());
             let group = volume.group()?;
             messages.push(messages::DiskVolume {
                 group: group.map(|(group, _)| group),

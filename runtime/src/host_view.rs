@@ -12,6 +12,7 @@
 use crate::oci::{self, OnHost};
 use crate::{Bundle, Error};
 use koya_rootfs::{Kind, Rootfs, make_read_only};
+use koya_vmm::devices::fs::{ShareOptions, protect_mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::CWD;
 use rustix::mount::{
@@ -35,7 +36,8 @@ const OF_PROCESS: [&str; 8] = [
     "attr", "cgroup", "cmdline", "gid_map", "ns", "stat", "status", "uid_map",
 ];
 
-/// A mount namespace with a container's files. The thread that made it is in it until it drops this.
+/// A mount namespace with a container's files. The thread that made it is in it until it drops this, and has an empty root
+/// directory then.
 #[derive(Debug)]
 #[must_use = "the files are shown until this is dropped"]
 pub struct HostView {
@@ -75,7 +77,10 @@ impl HostView {
 impl Drop for HostView {
     fn drop(&mut self) {
         // The mounts are gone when this returns: what they are of can be unmounted.
-        if let Err(error) = setns(&self.before, CloneFlags::CLONE_NEWNS) {
+        let left = setns(&self.before, CloneFlags::CLONE_NEWNS).map_err(io::Error::from);
+        // Tools that still use the PID must not find the host's files instead.
+        let left = left.and_then(|()| enter_root(&empty()?));
+        if let Err(error) = left {
             log::warn!("cannot leave the mount namespace with the container's files: {error}");
         }
     }
@@ -94,16 +99,19 @@ fn show(bundle: &Bundle) -> Result<(), Error> {
 }
 
 fn show_mounts(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Result<()> {
-    let root = tree(rootfs)?;
+    let options = ShareOptions {
+        read_only: is_read_only,
+        ..ShareOptions::default()
+    };
+    let root = tree(rootfs, &options)?;
     attach(&root, CWD, "/")?;
-    if is_read_only {
-        make_read_only(&root)?;
-    }
     let files = Rootfs::of(root);
     let mut covers: Vec<(&Path, OwnedFd)> = Vec::new();
     for mount in mounts {
         let is_covered = covers.iter().any(|(at, _)| mount.at.starts_with(at));
-        let source = mount.source.as_deref().map(tree).transpose()?;
+        let source = mount.source.as_deref();
+        let copied = source.map(|path| tree(path, &mount.options));
+        let source = copied.transpose()?;
         let kind = source.as_ref().map_or(Ok(Kind::Directory), Kind::of)?;
         if is_covered {
             files.make(&mount.at, kind)?;
@@ -117,9 +125,6 @@ fn show_mounts(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Resu
         }
         let mounted = source.map_or_else(empty, Ok)?;
         attach(&mounted, &place, "")?;
-        if mount.read_only {
-            make_read_only(&mounted)?;
-        }
         if mount.source.is_none() {
             covers.push((&mount.at, mounted));
         }
@@ -148,18 +153,32 @@ fn show_process(files: &Rootfs, proc: &Path) -> io::Result<()> {
     let of_process = OF_PROCESS.iter().map(|name| process.join(name));
     for name in OF_PROC.iter().map(PathBuf::from).chain(of_process) {
         let at = proc.join(name);
-        let shown = tree(&at)?;
+        // Some depend on the configuration of the host's kernel.
+        if !at.exists() {
+            continue;
+        }
+        let shown = copy(&at, false)?;
         files.make(&at, Kind::of(&shown)?)?;
         attach(&shown, files.find(&at)?, "")?;
     }
     Ok(())
 }
 
-/// A copy of the mount at a path of the host with everything mounted in it, itself not mounted anywhere.
-fn tree(path: &Path) -> io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE;
+/// A copy of the mounts at a path of the host, as the container has them, itself not mounted anywhere. Device nodes, which a
+/// guest may have made, are not those of the host.
+fn tree(path: &Path, options: &ShareOptions) -> io::Result<OwnedFd> {
+    let copied = copy(path, !options.omit_mounts)?;
+    match protect_mount(copied.as_fd(), options) {
+        // Before Linux 5.12.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported && !options.read_only => {}
+        protected => protected?,
+    }
+    Ok(copied)
+}
+
+fn copy(path: &Path, is_recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, is_recursive);
     Ok(open_tree(CWD, path, flags)?)
 }
 
@@ -230,7 +249,7 @@ mod tests {
         let all = found.iter().map(|mount| mount.source.as_deref());
         let all: Vec<_> = all.collect();
         assert_eq!(all, [Some(data.as_path()), None, None, None]);
-        assert!(found[0].read_only && !found[1].read_only);
+        assert!(found[0].options.read_only && !found[1].options.read_only);
     }
 
     #[test]
@@ -263,14 +282,13 @@ mod tests {
         let bundle = bundle(dir.path(), mounts);
         let (sender, receiver) = channel();
         let (done, end) = channel::<()>();
-        let host = fs::metadata("/").unwrap().ino();
         let shows = thread::spawn(move || {
             let view = HostView::enter(&bundle).unwrap();
             assert!(fs::exists("/data/of-the-volume").unwrap(), "its own root");
             sender.send(rustix::thread::gettid()).unwrap();
             end.recv().ok();
             drop(view);
-            assert_eq!(fs::metadata("/").unwrap().ino(), host);
+            assert_eq!(fs::read_dir("/").unwrap().count(), 0, "files of the host");
         });
         let thread = receiver.recv().unwrap().as_raw_nonzero().get();
         let root = format!("/proc/{thread}/root");
@@ -320,5 +338,45 @@ mod tests {
         });
         let read_only = Some(Errno::ROFS.raw_os_error());
         assert_eq!(shows.join().unwrap(), (0, read_only));
+    }
+
+    #[test]
+    fn mounts_below_a_volume_are_those_of_the_container() {
+        // Only root may mount.
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        for made in ["rootfs/plain", "rootfs/whole", "data/below"] {
+            fs::create_dir_all(dir.path().join(made)).unwrap();
+        }
+        let volume = dir.path().join("data");
+        let mounts = json!([
+            {"destination": "/plain", "type": "bind", "source": volume, "options": ["bind"]},
+            {"destination": "/whole", "type": "bind", "source": volume, "options": ["rbind", "ro"]},
+        ]);
+        let bundle = bundle(dir.path(), mounts);
+        let shows = thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            mount_change("/", private).unwrap();
+            let below = volume.join("below");
+            attach(&empty().unwrap(), CWD, below.to_str().unwrap()).unwrap();
+            fs::write(below.join("mounted"), "").unwrap();
+            let view = HostView::enter(&bundle).unwrap();
+            let found = ["/plain/below/mounted", "/whole/below/mounted"].map(|path| {
+                let written = fs::write(path.replace("mounted", "new"), "");
+                let error = written.err().and_then(|error| error.raw_os_error());
+                (fs::exists(path).unwrap(), error)
+            });
+            drop(view);
+            found
+        });
+        let read_only = Some(Errno::ROFS.raw_os_error());
+        assert_eq!(shows.join().unwrap(), [(false, None), (true, read_only)]);
+        assert!(
+            dir.path().join("data/below/new").exists(),
+            "below the mount"
+        );
     }
 }

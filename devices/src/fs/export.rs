@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -200,6 +200,15 @@ impl Export {
     }
 }
 
+/// Gives a detached copy of mounts on the host the properties of a share with these options, for tools of the host that use
+/// the files of a container.
+///
+/// # Errors
+/// The error from mount_setattr(2).
+pub fn protect_mount(mount: BorrowedFd<'_>, options: &ShareOptions) -> io::Result<()> {
+    sys::protect_mount(mount, options.read_only, options.follow_mounts)
+}
+
 /// Copies the mounts at `plain`; returns whether that was possible.
 fn detach(plain: OwnedFd, options: ShareOptions) -> io::Result<(OwnedFd, bool)> {
     let read_only = options.read_only;
@@ -209,7 +218,13 @@ fn detach(plain: OwnedFd, options: ShareOptions) -> io::Result<(OwnedFd, bool)> 
     if !options.omit_mounts {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    match open_tree(&plain, c"", flags) {
+    let mut copied = open_tree(&plain, c"", flags);
+    if options.omit_mounts && matches!(copied, Err(Errno::INVAL)) {
+        // In a user namespace the host's mounts can't be told apart from what they cover.
+        log::warn!("virtio-fs: mounts below a shared directory can't be left out");
+        copied = open_tree(&plain, c"", flags | OpenTreeFlags::AT_RECURSIVE);
+    }
+    match copied {
         Ok(tree) => match sys::restrict_mount(tree.as_fd(), read_only) {
             Ok(()) => Ok((tree, true)),
             // Before Linux 5.12 only the server enforces read-only shares.

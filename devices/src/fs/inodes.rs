@@ -134,6 +134,8 @@ impl Tables {
 pub(super) struct Inodes {
     limit: usize,
     max_nodes: usize,
+    /// Whether there was a share with mapped users: a file may have several nodes then.
+    maps_users: AtomicBool,
     pub(super) tables: Mutex<Tables>,
 }
 
@@ -143,6 +145,7 @@ impl Inodes {
         Self {
             limit,
             max_nodes,
+            maps_users: AtomicBool::new(false),
             tables: Mutex::new(Tables {
                 by_id: HashMap::new(),
                 by_identity: HashMap::new(),
@@ -154,6 +157,11 @@ impl Inodes {
                 file_systems: Vec::new(),
             }),
         }
+    }
+
+    /// Whether a file may have several nodes, each with other owners.
+    pub(super) fn maps_users(&self) -> bool {
+        self.maps_users.load(Ordering::SeqCst)
     }
 
     /// The node with this ID.
@@ -353,13 +361,17 @@ impl Inodes {
             _ => tables.file_system(identity.file_system()),
         };
         let fd = Arc::new(fd);
+        let users = export.users_on(stat.stx_mnt_id);
+        if users.is_some() {
+            self.maps_users.store(true, Ordering::SeqCst);
+        }
         let inode = Arc::new(Inode {
             id,
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             is_root: AtomicBool::new(is_root),
             reach: Mutex::new(reach),
             file_system,
-            users: export.users_on(stat.stx_mnt_id),
+            users,
             has_no_capabilities: AtomicBool::new(false),
             slot: Mutex::new(Slot::Open(fd.clone())),
             location: Mutex::new((parent, name.to_owned())),

@@ -41,6 +41,7 @@ mod watch;
 pub mod wire;
 
 pub use device::Fs;
+pub use export::protect_mount;
 pub use server::FsMetrics;
 pub use shares::{ShareOptions, Shared, Shares};
 pub use users::{IdRange, MappedUsers};

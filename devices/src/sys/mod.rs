@@ -323,6 +323,23 @@ pub fn restrict_mount(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> 
     change_mount(mount, libc::AT_RECURSIVE, attributes)
 }
 
+/// As [`restrict_mount`], for programs of the host: executables are permitted, and later mounts of the host appear on request.
+///
+/// # Errors
+/// The error from mount_setattr(2).
+pub fn protect_mount(mount: BorrowedFd<'_>, read_only: bool, follows: bool) -> io::Result<()> {
+    let mut attributes = no_mount_change();
+    attributes.attr_set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+    if read_only {
+        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    attributes.propagation = match follows {
+        true => libc::MS_SLAVE,
+        false => libc::MS_PRIVATE,
+    };
+    change_mount(mount, libc::AT_RECURSIVE, attributes)
+}
+
 /// Makes a detached mount writable again, but no mount below it.
 ///
 /// # Errors

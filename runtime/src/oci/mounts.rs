@@ -214,7 +214,16 @@ const CGROUP_OPTIONS: [&str; 6] = [
 ];
 
 /// Other words that are options of every mount.
-const COMMON_OPTIONS: [&str; 8] = [
+const COMMON_OPTIONS: [&str; 17] = [
+    "acl",
+    "iversion",
+    "lazytime",
+    "loud",
+    "noacl",
+    "noiversion",
+    "nolazytime",
+    "remount",
+    "silent",
     "defaults",
     "private",
     "shared",
@@ -236,7 +245,8 @@ fn check_cgroup_options(mount: &Mount) -> Result<(), Error> {
             || option.split_once('=').is_some_and(|(name, _)| name.ends_with("context"))
     };
     let options = mount.options().iter().flatten();
-    match options.into_iter().find(|option| !is_known(option)) {
+    let mut words = options.flat_map(|option| option.split(','));
+    match words.find(|option| !is_known(option)) {
         Some(option) => {
             let destination = mount.destination().display();
             let why = format!("Invalid argument: cgroup2 has no option {option:?}");
@@ -271,9 +281,9 @@ fn refuse_options(directory: &Path, mount: &Mount) -> Result<(), Error> {
 pub(crate) struct OnHost {
     /// Path in the container.
     pub(crate) at: PathBuf,
-    /// The directory or file of the host; `None` if only the guest has what is mounted.
+    /// The directory or file of the host; `None` if only the guest has what is mounted, or other owners for it.
     pub(crate) source: Option<PathBuf>,
-    pub(crate) read_only: bool,
+    pub(crate) options: ShareOptions,
 }
 
 /// The mounts of a configuration, in their order. `directory` is that of the bundle.
@@ -293,8 +303,13 @@ pub(super) fn on_host(directory: &Path, spec: &Spec) -> Result<Vec<OnHost>, Erro
         };
         Ok(OnHost {
             at: mount.destination().clone(),
-            read_only: share.as_ref().is_some_and(|share| share.options.read_only),
-            source: share.map(|share| share.path),
+            options: share
+                .as_ref()
+                .map(|share| share.options)
+                .unwrap_or_default(),
+            source: share
+                .filter(|share| share.users.is_none())
+                .map(|share| share.path),
         })
     });
     all.collect()

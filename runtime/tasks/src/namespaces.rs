@@ -96,8 +96,9 @@ fn enter_opened(namespace: &File, path: &Path) -> Result<()> {
 
 /// Whether this process is in a user namespace other than the host's initial one (user_namespaces(7)).
 pub fn is_in_user_namespace() -> bool {
-    let users = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    !users.split_whitespace().eq(["0", "0", "4294967295"])
+    // A kernel without user namespaces has no such file.
+    let users = fs::read_to_string("/proc/self/uid_map");
+    users.is_ok_and(|users| !users.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// The PID of this process in the namespace of `/proc`, in which clients see it. Its own pid namespace may be another one.

@@ -12,7 +12,8 @@ use crate::spec::Files;
 use crate::sync::spawn;
 use anyhow::{Context, Result};
 use koya::vmm::host::threads::spawn_scoped;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 use std::{io, panic, thread};
 
 /// A request to such a thread; the sender is dropped once it has been carried out.
@@ -23,6 +24,9 @@ enum Request {
     /// The thread is needed for something else again.
     Return,
 }
+
+/// Time limit of a request: a volume may be on a file server that has gone.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// A thread whose ID is the PID of a task on the host. It ends when this is dropped, unless it is the process's first.
 #[derive(Clone, Debug)]
@@ -102,7 +106,11 @@ impl PidHolder {
             let (done, waiting) = channel();
             requests.send(make(done)).ok();
             // Nothing is ever received.
-            waiting.recv().ok();
+            if waiting.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                log::warn!(
+                    "a file system of the host does not respond to the mounts for tools of the host"
+                );
+            }
         }
     }
 }
@@ -120,7 +128,7 @@ fn serve(queue: &Receiver<Request>) {
     let mut view = None;
     for request in queue {
         match request {
-            Request::Show(files, _done) => view = files.show().or(view),
+            Request::Show(files, _done) => view = files.show(),
             Request::Hide(_done) => view = None,
             Request::Return => break,
         }

@@ -240,7 +240,7 @@ fn what_does_not_fit_is_refused() -> Result<()> {
             vec!["--net", "user", "--ip", "192.0.2.1/24"],
             "--ip needs --net tap",
         ),
-        (vec!["--net", "tap:mine"], "needs --ip"),
+        (vec!["--net", "tap:mine"], "requires --ip"),
         (vec!["--mtu", "1400"], "--mtu needs"),
         (vec!["--net", "bridge"], "is not one of none, user, tap"),
     ] {

@@ -157,7 +157,7 @@ fn limits_are_changed_as_by_runc() -> Result<()> {
     ensure!(limit(NAME, "cpu.idle")? == "1");
     let refused = koya.call(&["update", "--cpu-rt-runtime", "500", "limits-u"])?;
     let said = String::from_utf8_lossy(&refused.stderr);
-    ensure!(said.contains("have no such limits"), "{said}");
+    ensure!(said.contains("cgroup v2 has no such limits"), "{said}");
 
     let low = json!({"memory": {"limit": 1024, "checkBeforeUpdate": true}});
     let update = koya.command(&["update", "--resources", "-", "limits-u"]);

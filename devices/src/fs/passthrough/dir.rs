@@ -130,6 +130,11 @@ impl Passthrough {
         listing: &mut Listing,
     ) -> Result<(), Errno> {
         let mut position = koya_host::sync::lock(&handle.position);
+        if offset == 0 {
+            // A file system that merges directories reads its own again, and may have other cookies then.
+            seek(&handle.file, SeekFrom::Start(0))?;
+            position.cookies = None;
+        }
         let cookies = match position.cookies {
             Some(cookies) => cookies,
             None => {
@@ -138,7 +143,7 @@ impl Passthrough {
             }
         };
         let start = match position.last {
-            (shown, cookie) if shown == offset => cookie,
+            (shown, cookie) if shown == offset && offset > 0 => cookie,
             _ => cookies.host(offset),
         };
         // Not when the guest continues at the current position: cookies that are not offsets can't be sought.
@@ -152,7 +157,7 @@ impl Passthrough {
         };
         let mut buffer = vec![MaybeUninit::uninit(); size];
         let mut directory = RawDir::new(&handle.file, &mut buffer);
-        let mut all_seek = true;
+        let (mut all_seek, mut before) = (true, start);
         while let Some(entry) = directory.next() {
             // Set again below if all entries read from the host were delivered.
             position.at = None;
@@ -169,7 +174,7 @@ impl Passthrough {
             let cookie = entry.next_entry_cookie();
             let dirent = Dirent {
                 ino: inode.number(entry.ino()),
-                off: cookies.shown(cookie),
+                off: cookies.shown(cookie, before),
                 namelen: name.to_bytes().len() as u32,
                 kind: kind_number(entry.file_type()),
             };
@@ -187,6 +192,7 @@ impl Passthrough {
             listing.push(&found, &dirent, name);
             all_seek &= i64::try_from(cookie).is_ok();
             position.last = (dirent.off, cookie);
+            before = cookie;
             if directory.is_buffer_empty() {
                 position.at = Some(cookie);
                 if !std::mem::replace(&mut position.seeks, all_seek) {

@@ -144,6 +144,7 @@ impl Passthrough {
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let directory = self.writable(parent)?;
         super::names::check(name)?;
+        let owner = self.owner_in(&directory, caller);
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB | kind::MODIFY);
         let fd = self.inodes.fd(&directory)?;
         let flags = self.host_flags(arg.flags)
@@ -152,12 +153,15 @@ impl Passthrough {
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
         let mode = self.mode_to_create(arg.mode);
-        let made = self.with_umask(arg.umask, || {
-            self.opening_up(&[&directory], || openat(&fd, name, flags, mode))
+        let made = owner.and_then(|owner| {
+            let made = self.with_umask(arg.umask, || {
+                self.opening_up(&[&directory], || openat(&fd, name, flags, mode))
+            });
+            made.map(|file| (file, owner))
         });
         match made {
-            Ok(file) => {
-                let owned = self.set_owner(&file, caller, arg.mode, &directory);
+            Ok((file, owner)) => {
+                let owned = self.set_owner(&file, owner, arg.mode, &directory);
                 super::names::or_remove(owned, &fd, name, AtFlags::empty())?;
                 self.created(file.into(), flags, &directory, name)
             }
@@ -190,6 +194,7 @@ impl Passthrough {
         caller: Caller,
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let directory = self.writable(parent)?;
+        let caller = self.owner_in(&directory, caller)?;
         let fd = self.inodes.fd(&directory)?;
         let excl = OFlags::from_bits_retain(arg.flags) & OFlags::EXCL;
         let flags = self.host_flags(arg.flags) | OFlags::TMPFILE | OFlags::CLOEXEC | excl;
@@ -395,7 +400,21 @@ impl Passthrough {
         Mode::from_raw_mode(mode & 0o7777 & !privileged)
     }
 
-    /// Gives a new file to the caller. In a directory with the set-group-ID bit, the host has already set the
+    /// The caller as an owner of files in a directory, before anything is made for it there.
+    ///
+    /// # Errors
+    /// EOVERFLOW if the directory's share has mapped users, and the caller is not one of them.
+    pub(super) fn owner_in(&self, directory: &Inode, caller: Caller) -> Result<Caller, Errno> {
+        Ok(match &directory.users {
+            Some(users) => Caller {
+                uid: users.host_user(caller.uid)?,
+                gid: users.host_group(caller.gid)?,
+            },
+            None => caller,
+        })
+    }
+
+    /// Gives a new file to the [caller](Self::owner_in). In a directory with the set-group-ID bit, the host has already set the
     /// group to that of the directory.
     pub(super) fn set_owner(
         &self,
@@ -404,13 +423,6 @@ impl Passthrough {
         mode: u32,
         directory: &Inode,
     ) -> Result<(), Errno> {
-        let caller = match &directory.users {
-            Some(users) => Caller {
-                uid: users.host_user(caller.uid)?,
-                gid: users.host_group(caller.gid)?,
-            },
-            None => caller,
-        };
         if let Some(owners) = &self.owners {
             return self.keep_owner(owners, fd, caller, mode, directory);
         }

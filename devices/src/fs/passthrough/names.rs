@@ -51,6 +51,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
+        let caller = self.owner_in(&directory, caller)?;
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
@@ -78,6 +79,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
+        let caller = self.owner_in(&directory, caller)?;
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let kind = FileType::from_raw_mode(arg.mode);
@@ -130,6 +132,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
+        let caller = self.owner_in(&directory, caller)?;
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         self.opening_up(&[&directory], || rustix::fs::symlinkat(target, &fd, name))?;

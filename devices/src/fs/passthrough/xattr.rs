@@ -92,7 +92,9 @@ impl Passthrough {
         if inode.kind != FileType::RegularFile {
             return Ok(());
         }
-        if !inode.has_no_capabilities.swap(true, Ordering::SeqCst) {
+        let is_known = inode.has_no_capabilities.swap(true, Ordering::SeqCst);
+        // With mapped users, a file has a node for each mapping, and each knows of its own changes only.
+        if !is_known || self.inodes.maps_users() {
             let (path, _fd) = self.xattr_path(inode)?;
             let name = mapped(CAPABILITY)?;
             // The host checks for write permission before it looks for the attribute: a file that is open for
