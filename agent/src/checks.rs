@@ -11,7 +11,7 @@ pub(crate) fn invalid_json(what: &str, error: &serde_json::Error) -> ErrorReason
 /// Checks that an ID is a single path component.
 pub(crate) fn check_id(id: &str) -> Result<&str> {
     if !koya_protocol::is_id(id) {
-        let reason = format!("{id:?} is no name for a container or process");
+        let reason = format!("{id:?} is not a valid ID of a container or process");
         bail!(ErrorReason::Invalid(reason));
     }
     Ok(id)

@@ -3,7 +3,7 @@
 //! A device serves the contents of a queue at activation before it checks whether it has to stop, so activation and reset
 //! together serve an input, on the device's own threads.
 
-use crate::folders::{Folder, Plan};
+use crate::directories::{Contents, Directory};
 use crate::pool::{Guest, Layout, Lease, REGION};
 use crate::requests::{GUEST_CID, vsock_header};
 use crate::user::keep_descriptors;
@@ -214,7 +214,7 @@ pub fn entropy_requests(data: &[u8]) {
 }
 
 /// Contents of the directory shared in [`fs_requests`].
-static SHARE: Plan = Plan {
+static SHARE: Contents = Contents {
     name: "requests",
     changing: &["share"],
     set_up: |dir| std::fs::write(dir.join("outside"), OUTSIDE),
@@ -235,7 +235,7 @@ const OUTSIDE: &[u8] = b"not the guest's";
 pub fn fs_requests(data: &[u8]) {
     const NAMES: [&[u8]; 6] = [b"file\0", b"dir\0", b"link\0", b"..\0", b"a/b\0", b"\0"];
     keep_descriptors();
-    let dir = Folder::take(&SHARE);
+    let dir = Directory::take(&SHARE);
     let mut driver = Guest::new(QUEUE);
     // The guest knows the share, the file and the directory.
     let mut requests: Vec<Vec<u8>> = vec![

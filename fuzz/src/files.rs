@@ -4,7 +4,7 @@
 //! No request changes anything outside the shares, nor anything shared read-only.
 
 use crate::devices::fuse;
-use crate::folders::{Folder, Plan};
+use crate::directories::{Contents, Directory};
 use crate::input::Input;
 use crate::pool::Guest;
 use crate::user::{User, keep_descriptors};
@@ -75,7 +75,7 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 }
 
 /// The directories: what is shared read-only and what is not shared must never change, and stays.
-static PLAN: Plan = Plan {
+static PLAN: Contents = Contents {
     name: "state",
     changing: &["rw", "late"],
     set_up: |dir| {
@@ -120,7 +120,7 @@ fn changes(world: &World) -> Vec<Option<(i64, i64, u64, u64)>> {
 
 struct World {
     user: Option<User>,
-    dir: Folder,
+    dir: Directory,
     shares: Shares,
     server: Server,
     events: Option<HostEvents>,
@@ -130,7 +130,7 @@ struct World {
 impl World {
     fn new(input: &mut Input<'_>) -> Self {
         keep_descriptors();
-        let dir = Folder::take(&PLAN);
+        let dir = Directory::take(&PLAN);
         let at = |name: &str| dir.at(name);
         let (choice, kind) = (input.byte(), input.byte());
         let shares = Shares::default();
@@ -147,7 +147,7 @@ impl World {
             for name in ["rw", "rw/dir", "rw/dir/deep", "rw/file", "rw/link"] {
                 lchown(at(name), Some(User::ID), None).expect("root may give files away");
             }
-            user = User::become_one();
+            user = User::act();
         }
         let files = Passthrough::new(shares.clone(), options).expect("a server");
         // The guest may watch files as long as somebody wants the events.
@@ -397,7 +397,7 @@ impl World {
 
     /// A concurrent change on the host: never through a link, which may lead outside.
     fn change(&self, input: &mut Input<'_>) {
-        User::rest(self.user.as_ref(), || self.change_as_root(input));
+        User::without(self.user.as_ref(), || self.change_as_root(input));
     }
 
     fn change_as_root(&self, input: &mut Input<'_>) {

@@ -1,6 +1,6 @@
 //! Data that the host reads from others: replies of an agent, configurations, settings, tables of mounts.
 
-use crate::folders::{Folder, Plan};
+use crate::directories::{Contents, Directory};
 use crate::input::Input;
 use koya::internals::{adapted, ask_agent, volume_in_memory};
 use koya::{Bundle, Settings, SharedNamespaces, SharedPidNamespace};
@@ -253,7 +253,7 @@ fn set(document: &mut Value, pointer: &str, value: Value) {
 }
 
 /// Contents of a bundle.
-static BUNDLE: Plan = Plan {
+static BUNDLE: Contents = Contents {
     name: "bundle",
     changing: &[],
     set_up: |dir| {
@@ -285,7 +285,7 @@ pub fn oci_configurations(data: &[u8]) {
     let Ok(spec) = serde_json::from_value(document) else {
         return;
     };
-    let mut dir = Folder::take(&BUNDLE);
+    let mut dir = Directory::take(&BUNDLE);
     // A configuration is only read.
     dir.set_unchanged();
     let rootfs = dir.at("rootfs");

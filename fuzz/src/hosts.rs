@@ -1,6 +1,6 @@
 //! Devices of every kind, with their resources on the host.
 
-use crate::folders::{Folder, Plan};
+use crate::directories::{Contents, Directory};
 use crate::pool::REGION;
 use crate::user::keep_descriptors;
 use koya_devices::balloon::{Balloon, BalloonHandle};
@@ -42,7 +42,7 @@ pub(crate) enum Kind {
 pub(crate) enum Host {
     Disk(File, BlockHandle),
     Net(Vec<OwnedFd>, NetHandle),
-    Files(Folder),
+    Files(Directory),
     Mem(MemHandle),
     Balloon(BalloonHandle),
     Streams(Streams),
@@ -61,17 +61,17 @@ pub(crate) struct Streams {
 pub(crate) struct Sockets {
     _listening: UnixSockets,
     pub(crate) listener: UnixListener,
-    pub(crate) folder: Folder,
+    pub(crate) directory: Directory,
 }
 
 impl Sockets {
     /// Where clients connect to the guest.
     pub(crate) fn path(&self) -> PathBuf {
-        self.folder.at("sockets/vsock")
+        self.directory.at("sockets/vsock")
     }
 }
 
-static SOCKETS: Plan = Plan {
+static SOCKETS: Contents = Contents {
     name: "sockets",
     changing: &["sockets"],
     set_up: |_| Ok(()),
@@ -79,18 +79,18 @@ static SOCKETS: Plan = Plan {
 };
 
 fn sockets(ports: &Ports) -> Sockets {
-    let folder = Folder::take(&SOCKETS);
-    let path = folder.at("sockets/vsock");
+    let directory = Directory::take(&SOCKETS);
+    let path = directory.at("sockets/vsock");
     // Port 2 has a socket by its number, and port 3 one without a listener.
-    let listener = UnixListener::bind(folder.at("sockets/vsock_2")).expect("a socket");
+    let listener = UnixListener::bind(directory.at("sockets/vsock_2")).expect("a socket");
     listener.set_nonblocking(true).expect("a socket");
     ports
-        .forward(3, folder.at("sockets/none"))
+        .forward(3, directory.at("sockets/none"))
         .expect("a thread");
     Sockets {
         _listening: UnixSockets::listen(ports, path).expect("a thread"),
         listener,
-        folder,
+        directory,
     }
 }
 
@@ -147,7 +147,7 @@ impl MemorySlots for Slots {
 }
 
 /// Contents of a shared directory.
-static SHARE: Plan = Plan {
+static SHARE: Contents = Contents {
     name: "life",
     changing: &["share"],
     set_up: |_| Ok(()),
@@ -221,7 +221,7 @@ pub(crate) fn device(
             keep_descriptors();
             let dir = match host {
                 Some(Host::Files(dir)) => dir,
-                _ => Folder::take(&SHARE),
+                _ => Directory::take(&SHARE),
             };
             let shares = Shares::default();
             shares

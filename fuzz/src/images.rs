@@ -1,6 +1,6 @@
 //! Images: each is unpacked or rejected, and nothing outside its root changes.
 
-use crate::folders::{Folder, Plan};
+use crate::directories::{Contents, Directory};
 use crate::input::Input;
 use koya_image::{Image, Limits, Options};
 use std::fs;
@@ -14,7 +14,7 @@ const KINDS: u8 = 8;
 const SEAL: u8 = 1;
 
 /// Directories of an image.
-static PLAN: Plan = Plan {
+static PLAN: Contents = Contents {
     name: "images",
     changing: &["image", "root", "scratch"],
     set_up: |dir| fs::write(dir.join("outside"), "outside"),
@@ -27,7 +27,7 @@ pub fn image_files(data: &[u8]) {
     let Some((kind, rest)) = data.split_first() else {
         return;
     };
-    let dir = Folder::take(&PLAN);
+    let dir = Directory::take(&PLAN);
     let at = |name: &str| dir.at(name);
     let mut path = at("image");
     let write =
@@ -68,7 +68,7 @@ pub fn image_files(data: &[u8]) {
 /// If anything outside the root changes, or the host cannot create a directory.
 pub fn image_layers(data: &[u8]) {
     let mut input = Input::new(data);
-    let dir = Folder::take(&PLAN);
+    let dir = Directory::take(&PLAN);
     let at = |name: &str| dir.at(name);
     let mut names = Vec::new();
     for number in 0..=input.byte() % 3 {

@@ -6,8 +6,8 @@
 #[cfg(test)]
 mod chains;
 mod devices;
+mod directories;
 mod files;
-mod folders;
 mod host;
 mod hosts;
 mod images;

@@ -189,7 +189,7 @@ impl Guest {
             let size = max.min(16 << (oddity % 4));
             let [descriptors, available, used] = rings(index as u64);
             self.write(register::QUEUE_SIZE, size.into());
-            self.touch_queue(index as u64, size.into());
+            self.memory.touch_rings(rings(index as u64), size.into());
             self.write_long(register::DESCRIPTORS, descriptors);
             self.write_long(register::AVAILABLE, available);
             let odd = oddity == 255 && index == 0;
@@ -205,13 +205,6 @@ impl Guest {
             self.write(register::QUEUE_READY, (!left_out).into());
         }
         self.write(register::STATUS, 15);
-    }
-
-    fn touch_queue(&mut self, index: u64, size: u64) {
-        let lens = [16 * size, 6 + 2 * size, 6 + 8 * size];
-        for (start, len) in rings(index).into_iter().zip(lens) {
-            self.memory.touch(start, len);
-        }
     }
 
     /// Adds a chain to the available ring of a queue.

@@ -1,6 +1,6 @@
 //! Parts of a machine other than virtio: serial port, bus, and the kernel's log after a panic.
 
-use crate::folders::{Folder, Plan};
+use crate::directories::{Contents, Directory};
 use crate::input::Input;
 use crate::pool::{Layout, Lease};
 use koya_devices::serial::SerialPort;
@@ -179,7 +179,7 @@ const ELF_HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 
 /// Files that a machine is started from.
-static FILES: Plan = Plan {
+static FILES: Contents = Contents {
     name: "kernel",
     changing: &["files"],
     set_up: |_| Ok(()),
@@ -192,7 +192,7 @@ static FILES: Plan = Plan {
 /// If the loader has a bug, or the host cannot write files.
 pub fn kernel_images(data: &[u8]) {
     let mut input = Input::new(data);
-    let dir = Folder::take(&FILES);
+    let dir = Directory::take(&FILES);
     let (kernel, initramfs) = (dir.at("files/kernel"), dir.at("files/initramfs"));
     let choice = input.byte();
     let image = match choice % 4 {

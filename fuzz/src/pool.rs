@@ -101,6 +101,14 @@ impl Lease {
         self.written.push(start..end);
     }
 
+    /// Records that the rings of a queue of this size are written (virtio 1.2, section 2.7).
+    pub(crate) fn touch_rings(&mut self, addresses: [u64; 3], size: u64) {
+        let lens = [16 * size, 6 + 2 * size, 6 + 8 * size];
+        for (start, len) in addresses.into_iter().zip(lens) {
+            self.touch(start, len);
+        }
+    }
+
     /// Records that the device may write anywhere.
     pub(crate) fn discard(&mut self) {
         self.reusable = false;
@@ -171,11 +179,7 @@ impl Guest {
     pub(crate) fn with(layout: Layout, size: u16) -> Self {
         let mut memory = Lease::new(layout);
         let driver = Driver::with_memory(memory.memory.clone(), size);
-        let size = u64::from(size);
-        let lens = [16 * size, 6 + 2 * size, 6 + 8 * size];
-        for (start, len) in driver.ring_addresses().into_iter().zip(lens) {
-            memory.touch(start, len);
-        }
+        memory.touch_rings(driver.ring_addresses(), size.into());
         Self {
             driver,
             memory,

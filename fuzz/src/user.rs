@@ -23,7 +23,7 @@ impl User {
     pub(crate) const ID: u32 = 65_534;
 
     /// `None` if the host does not permit it.
-    pub(crate) fn become_one() -> Option<Self> {
+    pub(crate) fn act() -> Option<Self> {
         Self::act_as(Self::ID).then_some(Self)
     }
 
@@ -31,8 +31,8 @@ impl User {
         set_thread_res_uid(None::<Uid>, Uid::from_raw(id), None::<Uid>).is_ok()
     }
 
-    /// Calls a function as root.
-    pub(crate) fn rest(user: Option<&Self>, work: impl FnOnce()) {
+    /// Calls a function as root, which this thread is again meanwhile.
+    pub(crate) fn without(user: Option<&Self>, work: impl FnOnce()) {
         if user.is_some() {
             assert!(Self::act_as(0), "root may act as root");
         }

@@ -32,7 +32,7 @@ fn request(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> {
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The name needs a terminating zero.
     if name.len() >= request.ifr_name.len() || name.contains('\0') {
-        let text = format!("{name:?} is no name for an interface");
+        let text = format!("{name:?} is not a valid interface name");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {

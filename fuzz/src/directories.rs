@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// The contents of a directory.
-pub(crate) struct Plan {
+pub(crate) struct Contents {
     pub(crate) name: &'static str,
     /// Subdirectories that an input may change.
     pub(crate) changing: &'static [&'static str],
@@ -27,34 +27,34 @@ thread_local! {
     static FREE: RefCell<HashMap<&'static str, Kept>> = RefCell::default();
 }
 
-/// A directory with the contents of its plan.
-pub(crate) struct Folder {
-    plan: &'static Plan,
+/// A directory with these contents.
+pub(crate) struct Directory {
+    contents: &'static Contents,
     kept: Option<Kept>,
 }
 
-impl Folder {
+impl Directory {
     /// # Panics
     /// If the host cannot create it.
-    pub(crate) fn take(plan: &'static Plan) -> Self {
-        let kept = FREE.with_borrow_mut(|free| free.remove(plan.name));
+    pub(crate) fn take(contents: &'static Contents) -> Self {
+        let kept = FREE.with_borrow_mut(|free| free.remove(contents.name));
         let mut kept = kept.unwrap_or_else(|| {
             let dir = tempfile::tempdir().expect("a directory");
-            for name in plan.changing {
+            for name in contents.changing {
                 fs::create_dir(dir.path().join(name)).expect("a directory");
             }
-            (plan.set_up)(dir.path()).expect("a directory");
+            (contents.set_up)(dir.path()).expect("a directory");
             Kept {
                 dir,
                 is_filled: false,
             }
         });
         if !kept.is_filled {
-            (plan.fill)(kept.dir.path()).expect("a directory");
+            (contents.fill)(kept.dir.path()).expect("a directory");
         }
         kept.is_filled = false;
         Self {
-            plan,
+            contents,
             kept: Some(kept),
         }
     }
@@ -77,13 +77,13 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for Directory {
     fn drop(&mut self) {
         let Some(kept) = self.kept.take() else {
             return;
         };
         let emptied = self
-            .plan
+            .contents
             .changing
             .iter()
             .try_for_each(|name| match kept.is_filled {
@@ -92,7 +92,7 @@ impl Drop for Folder {
             });
         // After a failure it is removed, as far as possible. In a panic it shows what happened, until the process ends.
         if emptied.is_ok() && !std::thread::panicking() {
-            FREE.with_borrow_mut(|free| free.insert(self.plan.name, kept));
+            FREE.with_borrow_mut(|free| free.insert(self.contents.name, kept));
         }
     }
 }
@@ -116,7 +116,7 @@ fn empty(directory: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    static PLAN: Plan = Plan {
+    static PLAN: Contents = Contents {
         name: "test",
         changing: &["a"],
         set_up: |dir| fs::write(dir.join("fixed"), "fixed"),
@@ -125,15 +125,15 @@ mod tests {
 
     #[test]
     fn what_changed_is_made_anew() {
-        let first = Folder::take(&PLAN);
+        let first = Directory::take(&PLAN);
         let place = first.path().to_owned();
         fs::write(first.at("a/file"), "other").expect("a file");
         fs::create_dir_all(first.at("a/b/c")).expect("a directory");
         std::os::unix::fs::symlink("/", first.at("a/link")).expect("a link");
         // One that is in use is not given to another.
-        assert_ne!(Folder::take(&PLAN).path(), place);
+        assert_ne!(Directory::take(&PLAN).path(), place);
         drop(first);
-        let mut second = Folder::take(&PLAN);
+        let mut second = Directory::take(&PLAN);
         assert_eq!(second.path(), place);
         assert_eq!(fs::read(second.at("a/file")).expect("a file"), b"text");
         assert_eq!(
@@ -144,18 +144,18 @@ mod tests {
         fs::write(second.at("a/kept"), "").expect("a file");
         second.set_unchanged();
         drop(second);
-        assert!(Folder::take(&PLAN).at("a/kept").exists());
+        assert!(Directory::take(&PLAN).at("a/kept").exists());
     }
 
     #[test]
     fn a_directory_that_became_a_link_is_not_followed() {
-        let folder = Folder::take(&PLAN);
-        let place = folder.path().to_owned();
+        let directory = Directory::take(&PLAN);
+        let place = directory.path().to_owned();
         let other = tempfile::tempdir().expect("a directory");
         fs::write(other.path().join("file"), "").expect("a file");
-        fs::remove_dir_all(folder.at("a")).expect("a directory");
-        std::os::unix::fs::symlink(other.path(), folder.at("a")).expect("a link");
-        drop(folder);
+        fs::remove_dir_all(directory.at("a")).expect("a directory");
+        std::os::unix::fs::symlink(other.path(), directory.at("a")).expect("a link");
+        drop(directory);
         assert!(other.path().join("file").exists());
         assert!(!place.exists());
     }
