@@ -6,6 +6,7 @@ use crate::disks;
 use crate::places;
 use anyhow::{Context, Result};
 use koya_protocol::messages::BlockDevice;
+use koya_rootfs::says_read_only;
 use oci_spec::runtime::{
     Hook, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder,
     LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
@@ -165,6 +166,10 @@ pub(crate) fn mapped(mappings: Option<&Vec<LinuxIdMapping>>, id: u32) -> u32 {
 pub(crate) fn is_bind(mount: &Mount) -> bool {
     let mut options = mount.options().iter().flatten();
     mount.typ().as_deref() == Some("bind") || options.any(|o| o == "bind" || o == "rbind")
+}
+
+pub(crate) fn is_read_only(mount: &Mount) -> bool {
+    says_read_only(mount.options().as_deref().unwrap_or_default())
 }
 
 /// Bind-mounts a file of the guest into a container.

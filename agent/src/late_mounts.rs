@@ -3,11 +3,11 @@
 //! such a `/dev` as it is. Also mounts whose source is within another mount in the container's own root: links in it must
 //! not lead out of it. A hook makes these mounts in the container's mount namespace.
 
-use crate::configuration::{self, is_bind};
+use crate::configuration::{self, is_bind, is_read_only};
 use crate::places;
 use anyhow::{Context, Result};
 use koya_protocol::OWN_ROOT;
-use koya_rootfs::{Kind, Rootfs, make_read_only, says_read_only};
+use koya_rootfs::{Kind, Rootfs, make_read_only};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{FileType, fstat};
 use rustix::mount::{
@@ -63,7 +63,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
         let at = mount.destination();
         let own = own_source(mount);
         let is_whole = at == Path::new("/dev") || own.is_some();
-        let options = mount.options().iter().flatten();
+        let mut options = mount.options().iter().flatten();
         // Those that are late mounts themselves are made after it.
         let below =
             |other: &&Mount| is_whole && other.destination().starts_with(at) && !comes_late(other);
@@ -77,7 +77,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
                     .context("a bind mount has no source")?,
             },
             is_own: own.is_some(),
-            is_recursive: own.is_none() || options.clone().any(|option| option == "rbind"),
+            is_recursive: own.is_none() || options.any(|option| option == "rbind"),
             at: at.clone(),
             read_only: is_read_only(mount),
             above: above.map(|other| other.destination().clone()).collect(),
@@ -211,10 +211,6 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
 
 fn is_directory(fd: &OwnedFd) -> rustix::io::Result<bool> {
     fstat(fd).map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
-}
-
-fn is_read_only(mount: &Mount) -> bool {
-    says_read_only(mount.options().as_deref().unwrap_or_default())
 }
 
 /// The path in the container's root that a mount's source refers to, if any.

@@ -8,7 +8,7 @@ use libcontainer::capabilities::{CapabilityExt as _, drop_privileges};
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::ExecutorError;
-use oci_spec::runtime::{Capability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 use rustix::thread::{CapabilitySet, capabilities, no_new_privs, set_capabilities};
 use serde::{Deserialize, Serialize};
 
@@ -116,23 +116,12 @@ fn complete(process: &mut Process) {
     let Some(mut sets) = process.capabilities().clone() else {
         return;
     };
-    sets.set_bounding(sets.bounding().clone().or_else(|| Some(Default::default())));
-    sets.set_effective(
-        sets.effective()
-            .clone()
-            .or_else(|| Some(Default::default())),
-    );
-    sets.set_permitted(
-        sets.permitted()
-            .clone()
-            .or_else(|| Some(Default::default())),
-    );
-    sets.set_inheritable(
-        sets.inheritable()
-            .clone()
-            .or_else(|| Some(Default::default())),
-    );
-    sets.set_ambient(sets.ambient().clone().or_else(|| Some(Default::default())));
+    let complete = |set: &Option<Capabilities>| Some(set.clone().unwrap_or_default());
+    sets.set_bounding(complete(sets.bounding()));
+    sets.set_effective(complete(sets.effective()));
+    sets.set_permitted(complete(sets.permitted()));
+    sets.set_inheritable(complete(sets.inheritable()));
+    sets.set_ambient(complete(sets.ambient()));
     process.set_capabilities(Some(sets));
 }
 

@@ -1,11 +1,11 @@
 //! Additions to a container's root: files provided by the host, the working directory and, in an image that the host does
 //! not mount, mount points.
 
-use crate::configuration;
+use crate::configuration::{self, is_read_only};
 use crate::places::bundle;
 use anyhow::{Context, Result, bail};
 use koya_protocol::{image_root, messages};
-use koya_rootfs::{Kind, Rootfs, says_read_only};
+use koya_rootfs::{Kind, Rootfs};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{FileType, Gid, Uid, fchown, fstat};
 use rustix::io::Errno;
@@ -171,10 +171,6 @@ fn around<'m>(mounts: &'m [Mount], path: &Path) -> Option<&'m Mount> {
         .iter()
         .filter(|mount| path.starts_with(mount.destination()));
     around.max_by_key(|mount| mount.destination().components().count())
-}
-
-fn is_read_only(mount: &Mount) -> bool {
-    says_read_only(mount.options().as_deref().unwrap_or_default())
 }
 
 /// The directory of a bind mount.

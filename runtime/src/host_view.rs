@@ -109,9 +109,8 @@ fn show_mounts(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Resu
     let mut covers: Vec<(&Path, OwnedFd)> = Vec::new();
     for mount in mounts {
         let is_covered = covers.iter().any(|(at, _)| mount.at.starts_with(at));
-        let source = mount.source.as_deref();
-        let copied = source.map(|path| tree(path, &mount.options));
-        let source = copied.transpose()?;
+        let copied = |path| tree(path, &mount.options);
+        let source = mount.source.as_deref().map(copied).transpose()?;
         let kind = source.as_ref().map_or(Ok(Kind::Directory), Kind::of)?;
         if is_covered {
             files.make(&mount.at, kind)?;

@@ -120,6 +120,9 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
         turn.as_secs(),
         args.minutes
     );
+    for target in &chosen {
+        seed(&home(target).join("inputs"))?;
+    }
     let turns = Turns {
         end: Instant::now() + time,
         turn,
@@ -290,6 +293,7 @@ fn seed(inputs: &Path) -> Result<()> {
         state ^= state << 17;
         state
     };
+    fs::create_dir_all(inputs).with_context(|| format!("{}", inputs.display()))?;
     for number in 0..SEEDS {
         let path = inputs.join(format!("seed-{number}"));
         let len = 16 + next() % u64::from(MAX_LEN - 16);
@@ -311,10 +315,7 @@ fn dictionary(target: &str) -> Option<PathBuf> {
 fn fuzz(programs: &Path, target: &str, turn: Duration, runs: Option<u64>) -> Result<Vec<PathBuf>> {
     let home = home(target);
     let (inputs, failed) = (home.join("inputs"), home.join("failed"));
-    for directory in [&inputs, &failed] {
-        fs::create_dir_all(directory).with_context(|| format!("{}", directory.display()))?;
-    }
-    seed(&inputs)?;
+    fs::create_dir_all(&failed).with_context(|| format!("{}", failed.display()))?;
     let before = files(&failed)?;
     let log = home.join("log");
     let output = File::create(&log).with_context(|| format!("{}", log.display()))?;

@@ -212,18 +212,18 @@ pub fn protect_mount(mount: BorrowedFd<'_>, options: &ShareOptions) -> io::Resul
 /// Copies the mounts at `plain`; returns whether that was possible.
 fn detach(plain: OwnedFd, options: ShareOptions) -> io::Result<(OwnedFd, bool)> {
     let read_only = options.read_only;
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+    let topmost = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
-    if !options.omit_mounts {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    let mut copied = open_tree(&plain, c"", flags);
-    if options.omit_mounts && matches!(copied, Err(Errno::INVAL)) {
+    let whole = || open_tree(&plain, c"", topmost | OpenTreeFlags::AT_RECURSIVE);
+    let copied = match options.omit_mounts {
         // In a user namespace the host's mounts can't be told apart from what they cover.
-        log::warn!("virtio-fs: mounts below a shared directory can't be left out");
-        copied = open_tree(&plain, c"", flags | OpenTreeFlags::AT_RECURSIVE);
-    }
+        true => open_tree(&plain, c"", topmost).or_else(|error| {
+            log::warn!("virtio-fs: mounts below a shared directory can't be left out: {error}");
+            whole()
+        }),
+        false => whole(),
+    };
     match copied {
         Ok(tree) => match sys::restrict_mount(tree.as_fd(), read_only) {
             Ok(()) => Ok((tree, true)),
@@ -235,12 +235,7 @@ fn detach(plain: OwnedFd, options: ShareOptions) -> io::Result<(OwnedFd, bool)> 
             Err(error) => Err(error),
         },
         // Without the privilege (or the system call), uses the directory itself.
-        Err(error @ (Errno::PERM | Errno::NOSYS | Errno::INVAL)) => {
-            if options.omit_mounts {
-                log::warn!("virtio-fs: mounts below a shared directory can't be left out: {error}");
-            }
-            Ok((plain, false))
-        }
+        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => Ok((plain, false)),
         Err(error) => Err(error.into()),
     }
 }

@@ -200,11 +200,11 @@ impl Shares {
             let text = format!("{name:?} can't name a share");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        let plain = open_plain(path.as_ref())?;
         let options = ShareOptions {
-            read_only: read_only || is_on_read_only_mount(&plain)?,
+            read_only,
             ..ShareOptions::default()
         };
+        let (plain, options) = open_to_share(path.as_ref(), options)?;
         let export = Export::new(plain, options, None)?;
         let share = Share::new(name, options, Arc::new(export), None).ok_or_else(removed_error)?;
         let mut entries = lock(&self.0.entries);
@@ -222,11 +222,7 @@ impl Shares {
     /// # Errors
     /// The error from the host.
     pub fn share(&self, path: impl AsRef<Path>, options: ShareOptions) -> io::Result<Shared> {
-        let plain = open_plain(path.as_ref())?;
-        let options = ShareOptions {
-            read_only: options.read_only || is_on_read_only_mount(&plain)?,
-            ..options
-        };
+        let (plain, options) = open_to_share(path.as_ref(), options)?;
         let stat = inodes::stat(&plain)?;
         let is_directory = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
         let origin = is_directory.then(|| Origin::of(&plain, &stat)).flatten();
@@ -267,11 +263,7 @@ impl Shares {
         options: ShareOptions,
         users: MappedUsers,
     ) -> io::Result<Shared> {
-        let plain = open_plain(path.as_ref())?;
-        let options = ShareOptions {
-            read_only: options.read_only || is_on_read_only_mount(&plain)?,
-            ..options
-        };
+        let (plain, options) = open_to_share(path.as_ref(), options)?;
         let export = Export::new(plain, options, None)?.with_users(users);
         let mut entries = lock(&self.0.entries);
         let name = free_name(&entries);
@@ -517,6 +509,17 @@ fn shared(entries: &Entries, share: &Arc<Share>) -> Shared {
         path: above.unwrap_or_else(|| share.name.clone().into()),
         read_only: share.read_only,
     }
+}
+
+/// Opens a directory or file of the host. On a read-only mount, it is shared read-only.
+fn open_to_share(path: &Path, options: ShareOptions) -> io::Result<(OwnedFd, ShareOptions)> {
+    let plain = open_plain(path)?;
+    let read_only = options.read_only || is_on_read_only_mount(&plain)?;
+    let options = ShareOptions {
+        read_only,
+        ..options
+    };
+    Ok((plain, options))
 }
 
 /// Opens `path` on the host's own mount.

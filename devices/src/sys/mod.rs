@@ -313,14 +313,7 @@ fn no_mount_change() -> libc::mount_attr {
 /// # Errors
 /// The error from mount_setattr(2).
 pub fn restrict_mount(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
-    let mut attributes = no_mount_change();
-    attributes.attr_set =
-        libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
-    if read_only {
-        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
-    }
-    attributes.propagation = libc::MS_PRIVATE;
-    change_mount(mount, libc::AT_RECURSIVE, attributes)
+    change_all(mount, libc::MOUNT_ATTR_NOEXEC, read_only, libc::MS_PRIVATE)
 }
 
 /// As [`restrict_mount`], for programs of the host: executables are permitted, and later mounts of the host appear on request.
@@ -328,15 +321,26 @@ pub fn restrict_mount(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> 
 /// # Errors
 /// The error from mount_setattr(2).
 pub fn protect_mount(mount: BorrowedFd<'_>, read_only: bool, follows: bool) -> io::Result<()> {
-    let mut attributes = no_mount_change();
-    attributes.attr_set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
-    if read_only {
-        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
-    }
-    attributes.propagation = match follows {
+    let propagation = match follows {
         true => libc::MS_SLAVE,
         false => libc::MS_PRIVATE,
     };
+    change_all(mount, 0, read_only, propagation)
+}
+
+/// Changes a detached mount and all mounts below it: no device nodes, no privileges of executables, and these attributes.
+fn change_all(
+    mount: BorrowedFd<'_>,
+    more: u64,
+    read_only: bool,
+    propagation: u64,
+) -> io::Result<()> {
+    let mut attributes = no_mount_change();
+    attributes.attr_set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | more;
+    if read_only {
+        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    attributes.propagation = propagation;
     change_mount(mount, libc::AT_RECURSIVE, attributes)
 }
 

@@ -1,7 +1,7 @@
 //! Paths that users write.
 
 use crate::Error;
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
 /// An absolute path as text.
 ///
@@ -13,19 +13,6 @@ pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p st
         return Err(Error::invalid(field, reason));
     }
     text(field, path)
-}
-
-/// An absolute path without `.` and `..`, which are removed without regard to links, as by Docker.
-pub(super) fn normalized(path: &Path) -> PathBuf {
-    let mut plain = PathBuf::from("/");
-    for component in path.components() {
-        match component {
-            Component::Normal(name) => plain.push(name),
-            Component::ParentDir => drop(plain.pop()),
-            _ => {}
-        }
-    }
-    plain
 }
 
 /// A path as text, since JSON is text.

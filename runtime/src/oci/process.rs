@@ -1,6 +1,6 @@
 //! Processes: the first one of a container, and exec processes.
 
-use super::paths::{absolute, normalized};
+use super::paths::absolute;
 use crate::account::{Account, Accounts};
 use crate::{Error, ProcessConfig, Stdio};
 use koya_protocol::cpus;
@@ -43,7 +43,7 @@ pub(crate) fn with_privileges_of(
     process.set_user(user);
     process.set_args(Some(config.args.clone()));
     process.set_env(Some(env));
-    process.set_cwd(normalized(Path::new(absolute("workdir", cwd)?)));
+    process.set_cwd(koya_rootfs::plain(Path::new(absolute("workdir", cwd)?)));
     let own = own.capabilities().as_ref();
     process.set_capabilities(own.map(|own| capabilities_of(own, account.uid)));
     adapt(&mut process, accounts)?;

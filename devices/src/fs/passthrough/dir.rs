@@ -130,10 +130,9 @@ impl Passthrough {
         listing: &mut Listing,
     ) -> Result<(), Errno> {
         let mut position = koya_host::sync::lock(&handle.position);
-        if offset == 0 {
+        if offset == 0 && position.cookies.take().is_some() {
             // A file system that merges directories reads its own again, and may have other cookies then.
             seek(&handle.file, SeekFrom::Start(0))?;
-            position.cookies = None;
         }
         let cookies = match position.cookies {
             Some(cookies) => cookies,

@@ -144,7 +144,7 @@ impl Passthrough {
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let directory = self.writable(parent)?;
         super::names::check(name)?;
-        let owner = self.owner_in(&directory, caller);
+        let caller = self.owner_in(&directory, caller)?;
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB | kind::MODIFY);
         let fd = self.inodes.fd(&directory)?;
         let flags = self.host_flags(arg.flags)
@@ -153,15 +153,12 @@ impl Passthrough {
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
         let mode = self.mode_to_create(arg.mode);
-        let made = owner.and_then(|owner| {
-            let made = self.with_umask(arg.umask, || {
-                self.opening_up(&[&directory], || openat(&fd, name, flags, mode))
-            });
-            made.map(|file| (file, owner))
+        let made = self.with_umask(arg.umask, || {
+            self.opening_up(&[&directory], || openat(&fd, name, flags, mode))
         });
         match made {
-            Ok((file, owner)) => {
-                let owned = self.set_owner(&file, owner, arg.mode, &directory);
+            Ok(file) => {
+                let owned = self.set_owner(&file, caller, arg.mode, &directory);
                 super::names::or_remove(owned, &fd, name, AtFlags::empty())?;
                 self.created(file.into(), flags, &directory, name)
             }

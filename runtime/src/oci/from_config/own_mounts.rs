@@ -1,7 +1,7 @@
 //! User-defined mounts: volumes and tmpfs, each at its path, independent of the order of the options.
 
 use crate::container_config::{Tmpfs, Volume};
-use crate::oci::paths::{absolute, normalized, text};
+use crate::oci::paths::{absolute, text};
 use crate::{ContainerConfig, Error};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ pub(super) fn of(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
 
 /// Normalized destination of a mount.
 fn place(field: &'static str, path: &Path) -> Result<PathBuf, Error> {
-    let plain = normalized(Path::new(absolute(field, path)?));
+    let plain = koya_rootfs::plain(Path::new(absolute(field, path)?));
     if plain == Path::new("/") {
         let reason = format!("{} is the root; --rootfs or --image is", path.display());
         return Err(Error::invalid(field, reason));
