@@ -38,7 +38,7 @@ pub(crate) fn complete_root(id: &str, mut spec: Spec, files: &[messages::File]) 
     check_places(spec.mounts().as_deref().unwrap_or_default())?;
     let own = bundle(id).join("files");
     for (number, file) in files.iter().enumerate() {
-        let Some(place) = place_for(&spec, &root, Path::new(&file.path)) else {
+        let Some(place) = place_for(&spec, &root, Path::new(&file.path), file.replace) else {
             continue;
         };
         fs::create_dir_all(&own)?;
@@ -190,25 +190,25 @@ fn is_there(spec: &Spec, root: &Rootfs, path: &Path) -> bool {
         || directory_of(mount).is_some_and(|source| source.is_directory(within))
 }
 
-/// The path without links at which a file is mounted that the container should find at `path`: over an empty file, or over
-/// one that is created, in the root or in the directory or tmpfs that is mounted there.
-fn place_for(spec: &Spec, root: &Rootfs, path: &Path) -> Option<PathBuf> {
+/// The path without links at which a file is mounted that the container should find at `path`: over an empty file (any
+/// file with `replace`), or over one that is created, in the root or in the directory or tmpfs that is mounted there.
+fn place_for(spec: &Spec, root: &Rootfs, path: &Path, replace: bool) -> Option<PathBuf> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     if let Some(mount) = around(mounts, path) {
-        return can_be_within(mount, path).then(|| path.to_owned());
+        return can_be_within(mount, path, replace).then(|| path.to_owned());
     }
-    if !can_be_mounted_over(root, path) {
+    if !can_be_mounted_over(root, path, replace) {
         return None;
     }
     let real = root.resolve(path).ok()?;
     match around(mounts, &real) {
-        Some(mount) if !can_be_within(mount, &real) => None,
+        Some(mount) if !can_be_within(mount, &real, replace) => None,
         _ => Some(real),
     }
 }
 
 /// Whether a file can be mounted at a path below a mount.
-fn can_be_within(mount: &Mount, path: &Path) -> bool {
+fn can_be_within(mount: &Mount, path: &Path, replace: bool) -> bool {
     let within = path.strip_prefix(mount.destination()).unwrap_or(path);
     if within.as_os_str().is_empty() {
         return false;
@@ -218,18 +218,19 @@ fn can_be_within(mount: &Mount, path: &Path) -> bool {
         return !is_read_only(mount);
     }
     directory_of(mount).is_some_and(|source| {
-        let can = can_be_mounted_over(&source, within);
+        let can = can_be_mounted_over(&source, within, replace);
         // A link may lead out of the directory, in the container.
         let is_plain = |real: PathBuf| real == Path::new("/").join(within);
         can && source.resolve(within).is_ok_and(is_plain)
     })
 }
 
-/// Whether the path is an empty file, as left by container engines, or can be created.
-fn can_be_mounted_over(root: &Rootfs, path: &Path) -> bool {
+/// Whether the path is an empty file, as left by container engines, or any with `replace`, or can be created.
+fn can_be_mounted_over(root: &Rootfs, path: &Path, replace: bool) -> bool {
     match root.find(path).and_then(fstat) {
         Ok(found) => {
-            FileType::from_raw_mode(found.st_mode) == FileType::RegularFile && found.st_size == 0
+            let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
+            is_file && (replace || found.st_size == 0)
         }
         Err(Errno::NOENT) => root.make(path, Kind::File).is_ok(),
         Err(_) => false,
@@ -256,12 +257,14 @@ mod tests {
     fn a_file_goes_where_there_is_none_or_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
         let root = Rootfs::open(dir.path()).unwrap();
-        let can = |path: &str| can_be_mounted_over(&root, Path::new(path));
+        let can = |path: &str| can_be_mounted_over(&root, Path::new(path), false);
         assert!(can("/etc/hosts"));
         assert_eq!(fs::read(dir.path().join("etc/hosts")).unwrap(), b"");
         assert!(can("/etc/hosts"));
         fs::write(dir.path().join("etc/own"), "127.0.0.1").unwrap();
         assert!(!can("/etc/own"));
+        assert!(can_be_mounted_over(&root, Path::new("/etc/own"), true));
+        assert!(!can_be_mounted_over(&root, Path::new("/etc"), true));
         // The link of systemd-resolved, before it runs.
         symlink("../run/stub", dir.path().join("etc/link")).unwrap();
         assert!(can("/etc/link") && dir.path().join("run/stub").is_file());
@@ -366,7 +369,7 @@ mod tests {
             {"destination": "/vol", "type": "bind", "source": volume.path()},
             {"destination": "/file", "type": "bind", "source": volume.path().join("full")},
         ]));
-        let place = |path: &str| place_for(&spec, &root, Path::new(path));
+        let place = |path: &str| place_for(&spec, &root, Path::new(path), false);
         assert_eq!(place("/etc/hosts"), Some("/etc/hosts".into()));
         let target = "/run/stub/resolv.conf";
         assert_eq!(place("/etc/resolv.conf"), Some(target.into()));

@@ -124,7 +124,11 @@ fn groups(accounts: &Accounts) -> impl Iterator<Item = (Vec<&str>, u32)> {
     })
 }
 
-fn group_named(accounts: &Accounts, group: &str) -> Result<u32, Error> {
+/// The ID of a group, given as a name or a number.
+///
+/// # Errors
+/// The group that the container lacks.
+pub(crate) fn group_named(accounts: &Accounts, group: &str) -> Result<u32, Error> {
     if let Some(number) = number_in(group)? {
         return Ok(number);
     }

@@ -49,6 +49,7 @@ impl ContainerConfig {
     /// The problem, with the offending field.
     pub fn check(&self) -> Result<(), Error> {
         let root = self.check_places()?;
+        oci::from_config::files("container", self)?;
         if root == Root::Directory {
             let accounts = Accounts::read(&self.rootfs).with(&self.volumes);
             oci::from_config::bundle("container", self, &accounts)?;

@@ -2,6 +2,8 @@
 
 use crate::block_volume::BlockVolume;
 use crate::seccomp::Seccomp;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 /// Connection of a process's standard streams.
@@ -87,6 +89,42 @@ impl From<Stdio> for ExecOptions {
 pub struct User {
     /// `USER[:GROUP]`, each a name or a number. Empty: root.
     pub text: String,
+    /// Supplementary groups in addition to those of the user, each a name or a number.
+    pub groups: Vec<String>,
+}
+
+/// Name resolution of a container: resolv.conf(5). What is empty is as on the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resolver {
+    /// Addresses of name servers.
+    pub name_servers: Vec<IpAddr>,
+    /// Search domains for short names; `.` alone for none.
+    pub search: Vec<String>,
+    /// Options: `ndots:2`.
+    pub options: Vec<String>,
+}
+
+/// A character device of the guest in a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestDevice {
+    /// Its node in the guest: `/dev/fuse`.
+    pub node: PathBuf,
+    /// Path in the container.
+    pub path: PathBuf,
+    /// Permitted access: letters of `rwm`, for reading, writing and mknod(2).
+    pub access: String,
+}
+
+impl GuestDevice {
+    /// A device with full access, at the path of its node.
+    pub fn new(node: impl Into<PathBuf>) -> Self {
+        let node = node.into();
+        Self {
+            path: node.clone(),
+            node,
+            access: "rwm".into(),
+        }
+    }
 }
 
 /// A host directory or file in the container.
@@ -195,8 +233,12 @@ pub struct ContainerConfig {
     pub volumes: Vec<Volume>,
     /// Disks of the sandbox.
     pub devices: Vec<Device>,
+    /// Devices of the guest, such as `/dev/fuse`. A privileged container has all of them.
+    pub guest_devices: Vec<GuestDevice>,
     /// Empty directories in memory.
     pub tmpfs: Vec<Tmpfs>,
+    /// Size of `/dev/shm` in bytes. Default: half of the guest's memory.
+    pub shm_size: Option<u64>,
     /// Block volumes.
     pub block_volumes: Vec<BlockVolume>,
     /// Whether the root is read-only.
@@ -214,6 +256,14 @@ pub struct ContainerConfig {
     /// Resource limits of its processes. Default: 1048576 open files, the kernel's defaults for the rest, and no limit on
     /// the number of processes.
     pub rlimits: Vec<Rlimit>,
+    /// Maximum number of processes and threads. Default: no limit.
+    pub pids_limit: Option<u32>,
+    /// Kernel parameters of its namespaces: `net.core.somaxconn`.
+    pub sysctls: BTreeMap<String, String>,
+    /// Further lines of `/etc/hosts`: names with their addresses. With any of them, the file replaces that of the root.
+    pub extra_hosts: Vec<(String, IpAddr)>,
+    /// Name resolution. If it is not the default, `/etc/resolv.conf` replaces that of the root.
+    pub resolver: Resolver,
 }
 
 /// A resource limit of a process: setrlimit(2).

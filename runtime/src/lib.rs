@@ -74,8 +74,8 @@ pub use checks::check_root;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{
-    ContainerConfig, Device, Direction, ExecOptions, ExtraFd, ProcessConfig, ProcessStreams,
-    Rlimit, Stdio, Tmpfs, User, Volume,
+    ContainerConfig, Device, Direction, ExecOptions, ExtraFd, GuestDevice, ProcessConfig,
+    ProcessStreams, Resolver, Rlimit, Stdio, Tmpfs, User, Volume,
 };
 pub use dns::DnsForwarder;
 pub use egress_filter::host_addresses;
@@ -89,7 +89,6 @@ pub use koya_vmm::host::process::{enable_core_scheduling, prepare_process};
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
-pub use oci::from_config::resolver_options;
 pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration};
 pub use oci_spec;
 pub use patience::DiskWrites;

@@ -247,7 +247,10 @@ fn carry_out(
                 args,
                 env: merge_env(env, &own.env),
                 cwd: cwd.or_else(|| own.cwd.clone()),
-                user: user.map_or_else(|| own.user.clone(), |text| User { text }),
+                user: User {
+                    text: user.unwrap_or_else(|| own.user.text.clone()),
+                    ..own.user.clone()
+                },
                 stdio,
             };
             *counted = Some(execs.begin());

@@ -16,6 +16,8 @@ mod disk;
 mod environment;
 mod link_local;
 mod list;
+mod mounts;
+mod names;
 mod net;
 mod output;
 mod parse;

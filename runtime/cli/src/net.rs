@@ -8,7 +8,6 @@ use super::datagrams::{self, Receiver};
 use super::link_local::{self, LinkLocalNetwork};
 use super::programs;
 use super::publish::{self, Ports};
-use super::state::Directory;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use ipnet::IpNet;
@@ -16,7 +15,7 @@ use koya::vmm::devices::net::MacAddr;
 use koya::vmm::devices::vsock::muxer::MAX_CONNECTIONS;
 use koya::vmm::guest_text::Warnings;
 use koya::vmm::host::threads;
-use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, Volume, host_addresses};
+use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, host_addresses};
 use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeSet;
@@ -24,7 +23,6 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -36,8 +34,6 @@ const PASTA_INTERFACE: &str = "eth0";
 /// Address of the name server for guests with `--net user`; pasta forwards it to the host's resolver. A link-local address,
 /// so that it is not in use elsewhere; if the host uses it, the next one is taken.
 const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
-
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 #[derive(Args)]
 pub(super) struct NetArgs {
@@ -213,41 +209,10 @@ impl NetArgs {
         datagrams::serve(receivers, PASTA_INTERFACE)
     }
 
-    /// The guest's /etc/resolv.conf, if its network has its own name server.
-    pub(super) fn resolver(
-        &self,
-        rootfs: &Path,
-        volumes: &[Volume],
-        directory: &Directory,
-    ) -> Result<Option<Volume>> {
-        let own = volumes
-            .iter()
-            .any(|v| v.destination == Path::new(RESOLV_CONF));
-        if self.net != Kind::User || own {
-            return Ok(None);
-        }
-        let etc = rootfs.join("etc");
-        // With an image, it can be created in the writable layer in memory; a link leads to a file, or to the place where
-        // one is created.
-        let there = !rootfs.is_dir()
-            || match etc.join("resolv.conf").symlink_metadata() {
-                Ok(data) => data.is_file() || data.is_symlink(),
-                Err(_) => rustix::fs::access(&etc, rustix::fs::Access::WRITE_OK).is_ok(),
-            };
-        if !there {
-            log::warn!(
-                "names may not be resolved: {} has no file resolv.conf, and none can be made; use -v",
-                etc.display()
-            );
-            return Ok(None);
-        }
-        let path = directory.resolver();
-        let resolver = self.host.get().map_or(RESOLVER, |host| host.resolver);
-        // With the host's search domains for short names.
-        let content = format!("nameserver {resolver}\n{}", koya::resolver_options());
-        std::fs::write(&path, content)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Some(Volume::new(path, RESOLV_CONF)))
+    /// Address of the name server of the guest, if its network has one.
+    pub(super) fn name_server(&self) -> Option<IpAddr> {
+        let resolver = || self.host.get().map_or(RESOLVER, |host| host.resolver);
+        (self.net == Kind::User).then(|| resolver().into())
     }
 }
 

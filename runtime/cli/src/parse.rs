@@ -1,6 +1,6 @@
 //! Parsers for arguments: disks, volumes, limits, signals, sizes.
 
-use koya::{Cache, DiskConfig, Rlimit, Tmpfs, Volume};
+use koya::{Cache, DiskConfig, GuestDevice, Rlimit, Tmpfs, Volume};
 use koya_tasks::signal::{LAST, by_name};
 use std::path::{Path, PathBuf};
 
@@ -160,6 +160,57 @@ pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
     }
 }
 
+/// `NODE[:PATH[:ACCESS]]`, or `NODE:ACCESS`; what they are is validated later.
+pub(super) fn parse_device(text: &str) -> Result<GuestDevice, String> {
+    let is_access = |word: &str| !word.is_empty() && !word.starts_with('/');
+    let parts: Vec<&str> = text.split(':').collect();
+    let (node, path, access) = match parts.as_slice() {
+        [node] => (node, node, "rwm"),
+        [node, access] if is_access(access) => (node, node, *access),
+        [node, path] => (node, path, "rwm"),
+        [node, path, access] => (node, path, *access),
+        _ => return Err(format!("{text:?} is not NODE[:PATH[:ACCESS]]")),
+    };
+    Ok(GuestDevice {
+        node: node.into(),
+        path: path.into(),
+        access: access.into(),
+    })
+}
+
+/// Parses a limit of processes; -1 and 0 are none, as for Docker.
+pub(super) fn parse_pids(text: &str) -> Result<u32, String> {
+    match text.parse::<i64>() {
+        Ok(-1) => Ok(0),
+        Ok(limit) => u32::try_from(limit).map_err(|_| format!("{limit} is out of range")),
+        Err(_) => Err(format!("{text:?} is no number")),
+    }
+}
+
+/// `NAME=VALUE` of a kernel parameter.
+pub(super) fn parse_sysctl(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err(format!("{text:?} is not NAME=VALUE")),
+    }
+}
+
+/// Parses a size in bytes: `65536`, `64m`, `1g`.
+pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no size");
+    let (number, unit) = koya::parse_size(text.trim()).ok_or_else(wrong)?;
+    let shift = match unit.as_str() {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(wrong()),
+    };
+    let bytes = number.checked_mul(1 << shift);
+    bytes.ok_or_else(|| format!("{text:?} is too large"))
+}
+
 /// Parses a size: `512m`, `2g`, `1.5g`, `1024` (MiB without a unit).
 pub(super) fn parse_mib(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size");
@@ -314,6 +365,39 @@ mod tests {
         assert!(parse_signal("SIGSIGTERM").is_err());
         assert!(parse_signal("0").is_err());
         assert!(parse_signal("99").is_err());
+    }
+
+    #[test]
+    fn devices_of_the_guest_are_parsed() {
+        let of = |text| parse_device(text).map(|d| (d.node, d.path, d.access));
+        let device = |node: &str, path: &str, access: &str| {
+            Ok((node.into(), path.into(), access.to_owned()))
+        };
+        assert_eq!(of("/dev/fuse"), device("/dev/fuse", "/dev/fuse", "rwm"));
+        assert_eq!(of("/dev/fuse:rw"), device("/dev/fuse", "/dev/fuse", "rw"));
+        assert_eq!(of("/dev/fuse:/f"), device("/dev/fuse", "/f", "rwm"));
+        assert_eq!(of("/dev/fuse:/f:r"), device("/dev/fuse", "/f", "r"));
+        assert!(of("/a:/b:r:x").is_err());
+    }
+
+    #[test]
+    fn limits_of_processes_and_kernel_parameters_are_parsed() {
+        assert_eq!((parse_pids("-1"), parse_pids("0")), (Ok(0), Ok(0)));
+        assert_eq!(parse_pids("100"), Ok(100));
+        assert!(parse_pids("-2").is_err() && parse_pids("x").is_err());
+        assert!(parse_pids("4294967296").is_err());
+        let value = Ok(("kernel.sem".to_owned(), "1 2=3".to_owned()));
+        assert_eq!(parse_sysctl("kernel.sem=1 2=3"), value);
+        assert!(parse_sysctl("kernel.sem").is_err() && parse_sysctl("=1").is_err());
+    }
+
+    #[test]
+    fn sizes_in_bytes_have_units() {
+        assert_eq!(parse_bytes("65536"), Ok(65536));
+        assert_eq!(parse_bytes("64m"), Ok(64 << 20));
+        assert_eq!(parse_bytes("1GiB"), Ok(1 << 30));
+        assert!(parse_bytes("m").is_err() && parse_bytes("1x").is_err());
+        assert!(parse_bytes("99999999t").is_err());
     }
 
     #[test]

@@ -4,10 +4,12 @@ use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_si
 use super::container_log::LogWriter;
 use super::control::Execs;
 use super::detach;
+use super::mounts::{MountArgs, absolute};
+use super::names::NameArgs;
 use super::net::NetArgs;
 use super::parse::{
-    Security, parse_cache, parse_disk, parse_security, parse_signal, parse_tmpfs, parse_ulimit,
-    parse_volume,
+    Security, parse_cache, parse_device, parse_disk, parse_pids, parse_security, parse_signal,
+    parse_sysctl, parse_ulimit,
 };
 use super::signals::forwarded_signals;
 use super::size::SizeArgs;
@@ -16,12 +18,11 @@ use super::variables::{EnvArgs, merge_env};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
-use koya::block_volume::BlockVolume;
 use koya::image::{Defaults, Image, Options};
 use koya::vmm::host::threads;
 use koya::{
-    Cache, Container, ContainerConfig, Device, DiskConfig, ProcessConfig, Profile, Rlimit, Sandbox,
-    SandboxConfig, Seccomp, Stdio, TimelineFile, Tmpfs, User, Volume,
+    Cache, Container, ContainerConfig, Device, DiskConfig, GuestDevice, ProcessConfig, Profile,
+    Rlimit, Sandbox, SandboxConfig, Seccomp, Stdio, TimelineFile, User,
 };
 use koya_tasks::send_signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGWINCH};
@@ -48,29 +49,23 @@ pub(super) struct RunArgs {
     tag: Option<String>,
     #[command(flatten)]
     size: SizeArgs,
-    /// Bind mount a host directory or file. Options, separated by commas: ro; rslave (later mounts of the host below it
-    /// propagate to the container)
-    #[arg(long, short, value_name = "SRC:DST[:OPTIONS]", value_parser = parse_volume)]
-    volume: Vec<Volume>,
+    #[command(flatten)]
+    mounts: MountArgs,
     /// Attach a raw disk image or block device of the host, as /dev/vda, /dev/vdb, ... in the container. Options,
     /// separated by commas: ro; raw (skip the check for other image formats and compression)
     #[arg(long, value_name = "PATH[:OPTIONS]", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
+    /// Give the container a device of the guest: /dev/fuse, /dev/net/tun or /dev/kmsg. ACCESS is made of r, w and m
+    #[arg(long, value_name = "NODE[:PATH][:ACCESS]", value_parser = parse_device)]
+    device: Vec<GuestDevice>,
     #[command(flatten)]
     net: NetArgs,
+    #[command(flatten)]
+    names: NameArgs,
     /// Listen on a Unix socket for connections of host processes to vsock ports of the guest (CONNECT PORT); the guest
     /// connects to PATH_PORT on the host. Allows vsock sockets in the container
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
-    /// Mount a private ext4 file system in a sparse file of the host, for example for the layers of Docker or podman.
-    /// Options, separated by commas: size=SIZE[k|m|g|t] (default: 32g); file=PATH (the backing file, created if missing;
-    /// without it the volume is removed with the container)
-    #[arg(long, value_name = "DST[:OPTIONS]")]
-    block_volume: Vec<BlockVolume>,
-    /// Mount a tmpfs. Options, separated by commas: size=BYTES[k|m|g|%], mode=OCTAL, uid=ID, gid=ID, ro, noexec and others
-    /// of mount(8)
-    #[arg(long, value_name = "DST[:OPTIONS]", value_parser = parse_tmpfs)]
-    tmpfs: Vec<Tmpfs>,
     #[command(flatten)]
     env: EnvArgs,
     /// Set the working directory
@@ -79,6 +74,9 @@ pub(super) struct RunArgs {
     /// Set the user and group, by name or ID
     #[arg(long, short, value_name = "USER[:GROUP]")]
     user: Option<String>,
+    /// Add a supplementary group, by name or ID
+    #[arg(long, value_name = "GROUP")]
+    group_add: Vec<String>,
     /// Set the container's hostname (default: the container's name)
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
@@ -103,6 +101,12 @@ pub(super) struct RunArgs {
     /// Set a resource limit, by the names of setrlimit(2): nofile=1024:2048, core=unlimited
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = parse_ulimit)]
     ulimit: Vec<Rlimit>,
+    /// Set the maximum number of processes and threads (default: no limit)
+    #[arg(long, value_name = "N", value_parser = parse_pids, allow_hyphen_values = true)]
+    pids_limit: Option<u32>,
+    /// Set a kernel parameter of the container's namespaces, such as net.core.somaxconn=1024
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_sysctl)]
+    sysctl: Vec<(String, String)>,
     /// Set a security option: seccomp=FILE (a profile in Docker's format), seccomp=unconfined, no-new-privileges[=BOOL]
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
@@ -197,7 +201,7 @@ impl RunArgs {
         if let Some(rootfs) = &self.rootfs {
             koya::check_root(rootfs)?;
         }
-        self.volume.iter().try_for_each(Volume::check)?;
+        self.mounts.check()?;
         Ok(self.sandbox()?.check()?)
     }
 
@@ -208,28 +212,18 @@ impl RunArgs {
     }
 
     /// The container's configuration, from the image's defaults and the user's arguments.
-    fn container(
-        &self,
-        record: &Record,
-        image: Defaults,
-        directory: &Directory,
-    ) -> Result<ContainerConfig> {
+    fn container(&self, record: &Record, image: Defaults) -> Result<ContainerConfig> {
         let rootfs = &*record.rootfs;
         let args = arguments(self.entrypoint.as_deref(), &self.command, &image);
         if args.is_empty() {
             bail!("no command was given, and no image has one; try `koya run --rootfs DIR -- sh`");
         }
-        let mut volumes = self.volume.clone();
-        for volume in &mut volumes {
-            volume.source = absolute(&volume.source)?;
-        }
-        volumes.extend(self.net.resolver(rootfs, &volumes, directory)?);
         let disks = self.disk.iter().enumerate();
         let devices = disks.map(|(index, disk)| Device::new(index, disk.read_only));
         let devices = devices.collect();
         let env = [vec![self.host_name_variable(&record.name)], image.env].concat();
         let env = merge_env(self.env.read()?, &env);
-        Ok(ContainerConfig {
+        let mut config = ContainerConfig {
             rootfs: absolute(rootfs)?,
             process: ProcessConfig {
                 args,
@@ -237,14 +231,13 @@ impl RunArgs {
                 cwd: self.workdir.clone().or(image.workdir),
                 user: User {
                     text: self.user.clone().unwrap_or(image.user),
+                    groups: self.group_add.clone(),
                 },
                 stdio: self.stdio(),
             },
             hostname: self.hostname.clone(),
-            volumes,
             devices,
-            tmpfs: self.tmpfs.clone(),
-            block_volumes: self.block_volume.clone(),
+            guest_devices: self.device.clone(),
             read_only: self.read_only,
             privileged: self.privileged,
             capabilities: self.cap_add.clone(),
@@ -256,12 +249,15 @@ impl RunArgs {
             },
             no_new_privileges: Security::forbids_new(&self.security_opt),
             rlimits: self.ulimit.clone(),
-        })
+            pids_limit: self.pids_limit.filter(|limit| *limit > 0),
+            sysctls: self.sysctl.iter().cloned().collect(),
+            extra_hosts: self.names.hosts(),
+            resolver: self.names.resolver(self.net.name_server()),
+            ..ContainerConfig::default()
+        };
+        self.mounts.set(&mut config)?;
+        Ok(config)
     }
-}
-
-fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
 }
 
 /// The program and its arguments, as in Docker: an entrypoint of the user replaces the image's,
@@ -396,7 +392,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         None => Defaults::default(),
     };
     let stop_signal = args.stop_signal(&defaults)?;
-    let config = args.container(record, defaults, &owned.directory)?;
+    let config = args.container(record, defaults)?;
     config.check()?;
     record.command = config.process.args.clone();
     owned.directory.write(record)?;

@@ -124,11 +124,6 @@ impl Directory {
         self.path("root")
     }
 
-    /// The container's /etc/resolv.conf, if its network has its own name server.
-    pub(super) fn resolver(&self) -> PathBuf {
-        self.path("resolv.conf")
-    }
-
     /// Temporary directory for an image's archive.
     pub(super) fn scratch(&self) -> PathBuf {
         self.path("image")

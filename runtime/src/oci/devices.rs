@@ -79,6 +79,20 @@ const GUEST_DEVICES: &[((i64, i64), &str)] = &[
     ((10, 229), "/dev/fuse"),
 ];
 
+/// Major and minor number of the guest's character device with this node.
+///
+/// # Errors
+/// If the guest has no such device, with a list of those it has.
+pub(super) fn guest_number(node: &Path) -> Result<(i64, i64), Error> {
+    let mut all = GUEST_DEVICES.iter();
+    let found = all.find_map(|(number, own)| (Path::new(own) == node).then_some(*number));
+    found.ok_or_else(|| {
+        let nodes: Vec<_> = GUEST_DEVICES.iter().map(|(_, node)| *node).collect();
+        let (node, nodes) = (node.display(), nodes.join(", "));
+        Error::unsupported("device", format!("{node} is not one of {nodes}"))
+    })
+}
+
 /// Path of the character device with this number in the guest, if it exists there.
 pub(super) fn guest_node(number: (i64, i64)) -> Option<&'static str> {
     let mut all = GUEST_DEVICES.iter();

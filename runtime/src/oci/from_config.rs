@@ -1,13 +1,12 @@
 //! The OCI configuration of a [`ContainerConfig`], as an engine on this host would write it for an OCI runtime.
 
+mod own_devices;
 mod own_mounts;
 mod resolver;
 
-pub use resolver::resolver_options;
-
 use super::{Bundle, SharedNamespaces, capabilities, process};
 use crate::account::Accounts;
-use crate::{ContainerConfig, Error};
+use crate::{ContainerConfig, Error, Resolver};
 use koya_protocol::MAX_OPEN_FILES;
 use koya_protocol::messages::File;
 use oci_spec::runtime::{Process, Spec};
@@ -30,6 +29,9 @@ pub(crate) fn bundle(
         true => (&[][..], &[][..]),
         false => (MASKED, READ_ONLY),
     };
+    let (nodes, mut rules) = own_devices::of(config)?;
+    rules.insert(0, json!({"allow": privileged, "access": "rwm"}));
+    let pids = config.pids_limit.map(|limit| json!({"limit": limit}));
     let spec = json!({
         "ociVersion": "1.2.0",
         "root": {
@@ -44,7 +46,9 @@ pub(crate) fn bundle(
                 {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"},
                 {"type": "cgroup"}, {"type": "network"},
             ],
-            "resources": {"devices": [{"allow": privileged, "access": "rwm"}]},
+            "devices": nodes,
+            "resources": {"devices": rules, "pids": pids},
+            "sysctl": config.sysctls,
             "seccomp": config.seccomp.oci(privileged, &capabilities),
             "maskedPaths": masked,
             "readonlyPaths": read_only,
@@ -164,26 +168,44 @@ fn host_name<'c>(id: &'c str, config: &'c ContainerConfig) -> Result<&'c str, Er
 /// Files that programs expect and few roots contain.
 ///
 /// # Errors
-/// If the host name is invalid.
+/// If the host name, an extra host or a part of the resolver's configuration is invalid.
 pub(crate) fn files(id: &str, config: &ContainerConfig) -> Result<Vec<File>, Error> {
     let name = host_name(id, config)?;
     // A name with a domain comes first, and without it second, as with Docker.
     let short = name.split_once('.').map(|(short, _)| short);
     let short = short.filter(|short| !short.is_empty());
     let names = short.map_or_else(|| name.to_owned(), |short| format!("{name} {short}"));
-    let hosts = format!(
+    let mut hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{names}\n"
     );
-    let file = |path: &str, content: String| File {
+    for (name, address) in &config.extra_hosts {
+        check_word("extra host", name)?;
+        hosts.push_str(&format!("{address}\t{name}\n"));
+    }
+    let file = |path: &str, content: String, replace: bool| File {
         path: path.into(),
         content: content.into_bytes(),
+        replace,
         ..Default::default()
     };
+    let (has_hosts, resolver) = (!config.extra_hosts.is_empty(), &config.resolver);
     Ok(vec![
-        file("/etc/hosts", hosts),
-        file("/etc/hostname", format!("{name}\n")),
-        file("/etc/resolv.conf", resolver::configuration()),
+        file("/etc/hosts", hosts, has_hosts),
+        file("/etc/hostname", format!("{name}\n"), false),
+        file(
+            "/etc/resolv.conf",
+            resolver::configuration(resolver)?,
+            *resolver != Resolver::default(),
+        ),
     ])
+}
+
+/// Checks a word for a line of a configuration file.
+fn check_word(field: &'static str, word: &str) -> Result<(), Error> {
+    if word.is_empty() || word.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return Err(Error::invalid(field, format!("{word:?} is not a word")));
+    }
+    Ok(())
 }
 
 fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
@@ -195,6 +217,9 @@ fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     let strict = ["nosuid", "noexec", "nodev"];
     let access = if config.privileged { "rw" } else { "ro" };
     let system = ["nosuid", "noexec", "nodev", access];
+    let size = config.shm_size.map(|bytes| format!("size={bytes}"));
+    let mut shm = vec!["nosuid", "noexec", "nodev", "mode=1777"];
+    shm.extend(size.as_deref());
     let mut all = vec![
         mount("/proc", "proc", "proc", &strict),
         mount(
@@ -216,12 +241,7 @@ fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
                 "gid=5",
             ],
         ),
-        mount(
-            "/dev/shm",
-            "tmpfs",
-            "shm",
-            &["nosuid", "noexec", "nodev", "mode=1777"],
-        ),
+        mount("/dev/shm", "tmpfs", "shm", &shm),
         mount("/dev/mqueue", "mqueue", "mqueue", &strict),
         mount("/sys", "sysfs", "sysfs", &system),
         mount("/sys/fs/cgroup", "cgroup", "cgroup", &system),

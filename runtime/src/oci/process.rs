@@ -1,7 +1,7 @@
 //! Processes: the first one of a container, and exec processes.
 
 use super::paths::absolute;
-use crate::account::{Account, Accounts};
+use crate::account::{self, Account, Accounts};
 use crate::{Error, ProcessConfig, Stdio};
 use koya_protocol::cpus;
 use oci_spec::runtime::{LinuxCapabilities, Process, User};
@@ -36,8 +36,15 @@ pub(crate) fn with_privileges_of(
     user.set_gid(account.gid);
     // The primary group is among them: a program that changes its group stays in it, so a file mode that denies access to
     // that group still applies (CVE-2022-36109).
-    let primary = std::iter::once(account.gid);
-    user.set_additional_gids(Some(primary.chain(account.groups).collect()));
+    let mut groups = vec![account.gid];
+    groups.extend(account.groups);
+    for group in &config.user.groups {
+        let group = account::group_named(accounts, group)?;
+        if !groups.contains(&group) {
+            groups.push(group);
+        }
+    }
+    user.set_additional_gids(Some(groups));
     let mut process = own.clone();
     process.set_terminal(Some(is_terminal));
     process.set_user(user);

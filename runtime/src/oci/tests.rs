@@ -540,7 +540,10 @@ fn an_added_process_may_what_the_first_one_may() {
     let like = |user: &str| {
         let config = ProcessConfig {
             args: vec!["ps".into()],
-            user: User { text: user.into() },
+            user: User {
+                text: user.into(),
+                ..User::default()
+            },
             ..ProcessConfig::default()
         };
         serde_json::to_value(process::with_privileges_of(&first, &config, &accounts).unwrap())

@@ -5,12 +5,14 @@ use crate::tool::{
     Background, architecture, busybox, koya, run, run_in, saved_image, scratch, sh, stdout,
 };
 use anyhow::{Result, ensure};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 crate::trials![
     streams_can_be_opened_by_every_user,
     localhost_and_the_containers_name_are_known,
     a_roots_own_files_stay,
+    options_of_other_engines_have_their_effect,
     a_missing_working_directory_is_made_for_the_user,
     a_working_directory_in_a_mount_is_made,
     a_read_only_root_gets_its_working_directory,
@@ -53,6 +55,51 @@ fn streams_can_be_opened_by_every_user() -> Result<()> {
     Ok(())
 }
 
+/// `docker run` has had these options for years.
+fn options_of_other_engines_have_their_effect() -> Result<()> {
+    let root = scratch("habits")?;
+    busybox(&root)?;
+    let own = scratch("habits-volume")?;
+    fs::write(own.join("file"), "of the host")?;
+    fs::write(root.join("etc/hosts"), "192.0.2.9\told\n")?;
+    fs::write(root.join("etc/resolv.conf"), "nameserver 192.0.2.9\n")?;
+    let volume = format!("type=bind,source={},target=/v,readonly", own.display());
+    let options = [
+        ["--add-host", "db:10.1.2.3"],
+        ["--dns", "192.0.2.53"],
+        ["--dns-search", "a.example"],
+        ["--dns-option", "ndots:3"],
+        ["--group-add", "4321"],
+        ["--shm-size", "1m"],
+        ["--pids-limit", "20"],
+        ["--sysctl", "net.core.somaxconn=77"],
+        ["--device", "/dev/fuse:/dev/own:rw"],
+        ["--mount", &volume],
+        ["--mount", "type=tmpfs,target=/t,tmpfs-size=2m"],
+    ];
+    let script = "grep -c old /etc/hosts; grep db /etc/hosts; cat /etc/resolv.conf; id -G; \
+        df -k /dev/shm /t | awk 'NR > 1 {print $2}'; cat /sys/fs/cgroup/pids.max; \
+        cat /proc/sys/net/core/somaxconn; exec 5<>/dev/own && echo opened; \
+        cat /v/file; echo; touch /v/x 2>/dev/null || echo read-only";
+    let said = stdout(run_in(
+        &root,
+        options.as_flattened(),
+        &["sh", "-c", script],
+    )?)?;
+    let wanted = "0\n10.1.2.3\tdb\nnameserver 192.0.2.53\nsearch a.example\noptions ndots:3\n0 4321\n\
+        1024\n2048\n20\n77\nopened\nof the host\nread-only";
+    ensure!(said == wanted, "{said:?}");
+    // The root's own files are covered, not changed.
+    ensure!(fs::read_to_string(root.join("etc/hosts"))?.contains("old"));
+    let refused = run_in(&root, &["--device", "/dev/sda"], &["true"])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        refused.status.code() == Some(125) && said.contains("/dev/sda is not one of"),
+        "{said}"
+    );
+    Ok(())
+}
+
 /// Most images do not contain these files.
 fn localhost_and_the_containers_name_are_known() -> Result<()> {
     let script = "cat /etc/hosts /etc/hostname; hostname";
@@ -80,7 +127,7 @@ fn localhost_and_the_containers_name_are_known() -> Result<()> {
         );
     }
     // The host's name servers, except those reachable only from the host.
-    let all = std::fs::read_to_string("/etc/resolv.conf")?;
+    let all = fs::read_to_string("/etc/resolv.conf")?;
     let servers = all.lines().filter(|line| {
         line.starts_with("nameserver") && !line.contains(" 127.") && !line.ends_with("::1")
     });
@@ -101,7 +148,7 @@ fn localhost_and_the_containers_name_are_known() -> Result<()> {
 fn a_roots_own_files_stay() -> Result<()> {
     let root = scratch("own-hosts")?;
     busybox(&root)?;
-    std::fs::write(root.join("etc/hosts"), "192.0.2.1 own\n")?;
+    fs::write(root.join("etc/hosts"), "192.0.2.1 own\n")?;
     std::os::unix::fs::symlink("/nowhere/hostname", root.join("etc/hostname"))?;
     let said = stdout(run_in(
         &root,
@@ -110,14 +157,14 @@ fn a_roots_own_files_stay() -> Result<()> {
     )?)?;
     ensure!(said == "192.0.2.1 own\n/nowhere/hostname", "{said}");
     // The target of a link becomes a mount point, and its file is not written.
-    ensure!(std::fs::read(root.join("nowhere/hostname"))?.is_empty());
+    ensure!(fs::read(root.join("nowhere/hostname"))?.is_empty());
     // A link into a mount leads to the file there.
     let options = ["--tmpfs", "/nowhere", "--hostname", "inside"];
     let said = stdout(run_in(&root, &options, &["cat", "/etc/hostname"])?)?;
     ensure!(said == "inside", "{said}");
     // Nor is the file of a volume at this path.
     let own = scratch("own-volume")?.join("hosts");
-    std::fs::write(&own, "a volume's\n")?;
+    fs::write(&own, "a volume's\n")?;
     let volume = format!("{}:/etc/hosts", own.display());
     ensure!(sh(&["-v", &volume], "cat /etc/hosts")? == "a volume's");
     Ok(())
@@ -227,7 +274,7 @@ fn a_privileged_container_has_the_guests_devices() -> Result<()> {
     ensure!(sh(&[], "ls /dev/fuse /dev/kmsg 2>/dev/null | wc -l")? == "0");
     // A container's disk has its usual name and mode.
     let disk = scratch("privileged-disk")?.join("disk");
-    std::fs::File::create(&disk)?.set_len(1 << 20)?;
+    fs::File::create(&disk)?.set_len(1 << 20)?;
     let option = format!("{}:ro", disk.display());
     let said = sh(
         &["--privileged", "--disk", &option],
@@ -253,8 +300,8 @@ fn a_volume_that_cannot_be_one_is_refused_by_name() -> Result<()> {
 fn volumes_go_where_links_lead() -> Result<()> {
     let root = scratch("links")?;
     busybox(&root)?;
-    std::fs::create_dir_all(root.join("var"))?;
-    std::fs::remove_file(root.join("etc/resolv.conf")).ok();
+    fs::create_dir_all(root.join("var"))?;
+    fs::remove_file(root.join("etc/resolv.conf")).ok();
     for (to, at) in [
         ("/run", "var/run"),
         ("../run/stub/resolv.conf", "etc/resolv.conf"),
@@ -262,7 +309,7 @@ fn volumes_go_where_links_lead() -> Result<()> {
         std::os::unix::fs::symlink(to, root.join(at))?;
     }
     let own = scratch("links-volume")?;
-    std::fs::write(own.join("token"), "secret\n")?;
+    fs::write(own.join("token"), "secret\n")?;
     let directory = format!("{}:/var/run/secrets/one:ro", own.display());
     let file = format!("{}:/etc/resolv.conf", own.join("token").display());
     let script = "cat /run/secrets/one/token /run/stub/resolv.conf; readlink /etc/resolv.conf";
@@ -300,7 +347,7 @@ fn devices_as_volumes_are_the_guests() -> Result<()> {
     for (name, major, minor) in numbers {
         node(&dir.join(name), major, minor)?;
     }
-    std::fs::write(dir.join("file"), "a file\n")?;
+    fs::write(dir.join("file"), "a file\n")?;
     let volume = |name: &str, at: &str| format!("{}:{at}", dir.join(name).display());
     let volumes = [
         volume("tun", "/dev/net/tun"),
@@ -334,11 +381,11 @@ fn a_whole_dev_is_left_as_it_is() -> Result<()> {
     for (name, minor) in [("null", 3), ("zero", 5), ("random", 8)] {
         node(&dev.join(name), 1, minor)?;
     }
-    std::fs::create_dir(dev.join("pts"))?;
+    fs::create_dir(dev.join("pts"))?;
     std::os::unix::fs::symlink("/proc/self/fd", dev.join("fd"))?;
-    std::fs::write(dev.join("mark"), "")?;
+    fs::write(dev.join("mark"), "")?;
     let names = || -> Result<Vec<String>> {
-        let all = std::fs::read_dir(&dev)?.map(|e| Ok(e?.file_name().to_string_lossy().into()));
+        let all = fs::read_dir(&dev)?.map(|e| Ok(e?.file_name().to_string_lossy().into()));
         let mut all = all.collect::<Result<Vec<String>>>()?;
         all.sort();
         Ok(all)

@@ -4,7 +4,7 @@ use super::super::tests::mount;
 use super::super::{Root, adapt};
 use super::*;
 use crate::account::tests::rootfs;
-use crate::{ProcessConfig, Rlimit, Seccomp, Stdio, Tmpfs, User, Volume};
+use crate::{GuestDevice, ProcessConfig, Rlimit, Seccomp, Stdio, Tmpfs, User, Volume};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -96,6 +96,7 @@ fn each_option_of_a_process_is_in_the_configuration() {
             cwd: Some("/none/.././srv/".into()),
             user: User {
                 text: "web:log".into(),
+                groups: vec!["root".into(), "1234".into(), "log".into()],
             },
             stdio: Stdio::Terminal {
                 rows: 24,
@@ -119,6 +120,7 @@ fn each_option_of_a_process_is_in_the_configuration() {
         (&process["user"]["uid"], &process["user"]["gid"]),
         (&json!(33), &json!(40))
     );
+    assert_eq!(process["user"]["additionalGids"], json!([40, 0, 1234]));
     assert_eq!(process["noNewPrivileges"], true);
     // A user other than root has only the capabilities of program files.
     let capabilities = &process["capabilities"];
@@ -137,6 +139,17 @@ fn each_option_of_a_container_is_in_the_configuration() {
         config.tmpfs = vec![Tmpfs::new("/scratch")];
         config.capabilities = vec!["net_admin".into(), "CAP_SYS_PTRACE".into()];
         config.seccomp = Seccomp::Unconfined;
+        config.shm_size = Some(1 << 20);
+        config.pids_limit = Some(100);
+        config.sysctls = [("net.core.somaxconn".to_owned(), "5".to_owned())].into();
+        config.guest_devices = vec![
+            GuestDevice::new("/dev/fuse"),
+            GuestDevice {
+                path: "/dev/./tunnel".into(),
+                access: "rw".into(),
+                ..GuestDevice::new("/dev/net/tun")
+            },
+        ];
         config.volumes = vec![
             Volume::new("/a", "/b"),
             Volume {
@@ -159,6 +172,20 @@ fn each_option_of_a_container_is_in_the_configuration() {
         ["bind", "/a", "rbind", "rprivate", "rw"]
     );
     assert_eq!(mount(&spec, "/d"), ["bind", "/c", "rbind", "rslave", "ro"]);
+    assert_eq!(mount(&spec, "/dev/shm").last().unwrap(), "size=1048576");
+    let linux = &spec["linux"];
+    assert_eq!(linux["resources"]["pids"], json!({"limit": 100}));
+    assert_eq!(linux["sysctl"], json!({"net.core.somaxconn": "5"}));
+    let nodes = linux["devices"].as_array().unwrap().iter();
+    let nodes: Vec<_> = nodes
+        .map(|d| (&d["path"], &d["major"], &d["minor"]))
+        .collect();
+    let node = |path, major, minor| (json!(path), json!(major), json!(minor));
+    let wanted = [node("/dev/fuse", 10, 229), node("/dev/tunnel", 10, 200)];
+    assert_eq!(nodes, wanted.each_ref().map(|(p, a, i)| (p, a, i)));
+    let rules = linux["resources"]["devices"].as_array().unwrap();
+    let last = json!({"allow": true, "type": "c", "major": 10, "minor": 200, "access": "rw"});
+    assert_eq!((rules.len(), &rules[2]), (3, &last));
     let bounding = spec["process"]["capabilities"]["bounding"]
         .as_array()
         .unwrap();
@@ -250,6 +277,50 @@ fn a_container_knows_localhost_and_its_own_name() {
     assert!(text("/etc/hosts").starts_with("127.0.0.1\tlocalhost\n"));
     assert!(text("/etc/hosts").contains("127.0.1.1\tc1\n"));
     assert_eq!(text("/etc/hostname"), "c1\n");
+    assert!(files.iter().all(|file| !file.replace));
+}
+
+#[test]
+fn hosts_and_name_servers_of_the_user_replace_those_of_the_root() {
+    let mut config = ContainerConfig::new("/", ["true"]);
+    config.extra_hosts = vec![("db".into(), "10.0.0.1".parse().unwrap())];
+    config.resolver.name_servers = vec!["192.0.2.53".parse().unwrap()];
+    let of = |config: &ContainerConfig| files("c1", config);
+    let all = of(&config).unwrap();
+    let text = |path: &str| {
+        let file = all.iter().find(|file| file.path == path && file.replace);
+        String::from_utf8(file.unwrap().content.clone()).unwrap()
+    };
+    assert!(text("/etc/hosts").ends_with("127.0.1.1\tc1\n10.0.0.1\tdb\n"));
+    assert!(text("/etc/resolv.conf").starts_with("nameserver 192.0.2.53\n"));
+    // Neither a line of its own nor no name at all.
+    for name in ["", "a b", "a\n10.0.0.2"] {
+        config.extra_hosts[0].0 = name.into();
+        assert!(of(&config).unwrap_err().to_string().contains("not a word"));
+    }
+}
+
+#[test]
+fn a_device_that_no_guest_has_is_refused_with_those_it_has() {
+    let refused = |device: GuestDevice| {
+        let refused = bundle_of(|config| config.guest_devices = vec![device]);
+        refused.unwrap_err().to_string()
+    };
+    let said = refused(GuestDevice::new("/dev/kvm"));
+    assert!(
+        said.contains("/dev/kvm is not one of") && said.contains("/dev/fuse"),
+        "{said}"
+    );
+    let access = GuestDevice {
+        access: "rx".into(),
+        ..GuestDevice::new("/dev/fuse")
+    };
+    assert!(refused(access).contains("\"rx\""));
+    let relative = GuestDevice {
+        path: "fuse".into(),
+        ..GuestDevice::new("/dev/fuse")
+    };
+    assert!(refused(relative).contains("absolute"));
 }
 
 #[test]
