@@ -258,7 +258,8 @@ pub struct ContainerConfig {
     pub rlimits: Vec<Rlimit>,
     /// Maximum number of processes and threads. Default: no limit.
     pub pids_limit: Option<u32>,
-    /// Kernel parameters of its namespaces: `net.core.somaxconn`.
+    /// Kernel parameters of its namespaces: `kernel.msgmax`. Those of the network, `net.*`, are the sandbox's
+    /// ([`SandboxConfig::sysctls`](crate::SandboxConfig::sysctls)).
     pub sysctls: BTreeMap<String, String>,
     /// Further lines of `/etc/hosts`: names with their addresses. With any of them, the file replaces that of the root.
     pub extra_hosts: Vec<(String, IpAddr)>,

@@ -24,7 +24,7 @@ use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, GuestDevice, ProcessConfig, Profile,
     Rlimit, Sandbox, SandboxConfig, Seccomp, Stdio, TimelineFile, User,
 };
-use koya_tasks::send_signal;
+use koya_tasks::{is_network_sysctl, send_signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
@@ -192,8 +192,16 @@ impl RunArgs {
             cmdline: self.kernel_args.clone(),
             ..SandboxConfig::default()
         };
+        // The guest's network is that of the container.
+        config.sysctls.extend(self.sysctls(true));
         self.size.set(&mut config);
         Ok(config)
+    }
+
+    /// Kernel parameters of the network, or the others.
+    fn sysctls(&self, of_network: bool) -> impl Iterator<Item = (String, String)> {
+        let all = self.sysctl.iter().cloned();
+        all.filter(move |(name, _)| is_network_sysctl(name) == of_network)
     }
 
     /// Validates all arguments before anything is created.
@@ -250,7 +258,7 @@ impl RunArgs {
             no_new_privileges: Security::forbids_new(&self.security_opt),
             rlimits: self.ulimit.clone(),
             pids_limit: self.pids_limit.filter(|limit| *limit > 0),
-            sysctls: self.sysctl.iter().cloned().collect(),
+            sysctls: self.sysctls(false).collect(),
             extra_hosts: self.names.hosts(),
             resolver: self.names.resolver(self.net.name_server()),
             ..ContainerConfig::default()
@@ -522,6 +530,21 @@ mod tests {
         assert_eq!(args(&[]).host_name_variable("name"), "HOSTNAME=name");
         let named = args(&["--hostname", "web"]);
         assert_eq!(named.host_name_variable("name"), "HOSTNAME=web");
+    }
+
+    #[test]
+    fn kernel_parameters_of_the_network_are_the_guests() {
+        let run = args(&[
+            "--sysctl",
+            "net.core.somaxconn=5",
+            "--sysctl",
+            "kernel.msgmax=6",
+        ]);
+        let guest = run.sandbox().unwrap().sysctls;
+        assert_eq!(guest["net.core.somaxconn"], "5");
+        assert!(!guest.contains_key("kernel.msgmax"));
+        let value = ("kernel.msgmax".to_owned(), "6".to_owned());
+        assert_eq!(run.sysctls(false).collect::<Vec<_>>(), [value]);
     }
 
     #[test]

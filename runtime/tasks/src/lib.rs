@@ -84,6 +84,6 @@ pub use pid_holder::PidHolder;
 pub use preserved::Preserved;
 pub use process::{Exit, ExitWatch, Status};
 pub use set::{TaskSet, TaskSetConfig, TaskState};
-pub use spec::{Files, Role, Spec};
+pub use spec::{Files, Role, Spec, is_network_sysctl};
 pub use stdio::{StdioConfig, StdioDescriptors, StdioPaths};
 pub use terminate::{send_signal, terminate};

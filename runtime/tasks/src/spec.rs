@@ -383,8 +383,8 @@ impl Files {
     }
 }
 
-/// A name may be written in both forms of sysctl(8).
-fn is_network_sysctl(name: &str) -> bool {
+/// Whether a kernel parameter is one of a network namespace. A name may be written in both forms of sysctl(8).
+pub fn is_network_sysctl(name: &str) -> bool {
     name.starts_with("net.") || name.starts_with("net/")
 }
 

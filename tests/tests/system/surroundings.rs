@@ -73,13 +73,14 @@ fn options_of_other_engines_have_their_effect() -> Result<()> {
         ["--shm-size", "1m"],
         ["--pids-limit", "20"],
         ["--sysctl", "net.core.somaxconn=77"],
+        ["--sysctl", "kernel.msgmax=4321"],
         ["--device", "/dev/fuse:/dev/own:rw"],
         ["--mount", &volume],
         ["--mount", "type=tmpfs,target=/t,tmpfs-size=2m"],
     ];
     let script = "grep -c old /etc/hosts; grep db /etc/hosts; cat /etc/resolv.conf; id -G; \
         df -k /dev/shm /t | awk 'NR > 1 {print $2}'; cat /sys/fs/cgroup/pids.max; \
-        cat /proc/sys/net/core/somaxconn; exec 5<>/dev/own && echo opened; \
+        cat /proc/sys/net/core/somaxconn /proc/sys/kernel/msgmax; exec 5<>/dev/own && echo opened; \
         cat /v/file; echo; touch /v/x 2>/dev/null || echo read-only";
     let said = stdout(run_in(
         &root,
@@ -87,7 +88,7 @@ fn options_of_other_engines_have_their_effect() -> Result<()> {
         &["sh", "-c", script],
     )?)?;
     let wanted = "0\n10.1.2.3\tdb\nnameserver 192.0.2.53\nsearch a.example\noptions ndots:3\n0 4321\n\
-        1024\n2048\n20\n77\nopened\nof the host\nread-only";
+        1024\n2048\n20\n77\n4321\nopened\nof the host\nread-only";
     ensure!(said == wanted, "{said:?}");
     // The root's own files are covered, not changed.
     ensure!(fs::read_to_string(root.join("etc/hosts"))?.contains("old"));

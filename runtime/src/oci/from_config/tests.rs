@@ -141,7 +141,7 @@ fn each_option_of_a_container_is_in_the_configuration() {
         config.seccomp = Seccomp::Unconfined;
         config.shm_size = Some(1 << 20);
         config.pids_limit = Some(100);
-        config.sysctls = [("net.core.somaxconn".to_owned(), "5".to_owned())].into();
+        config.sysctls = [("kernel.msgmax".to_owned(), "5".to_owned())].into();
         config.guest_devices = vec![
             GuestDevice::new("/dev/fuse"),
             GuestDevice {
@@ -175,7 +175,7 @@ fn each_option_of_a_container_is_in_the_configuration() {
     assert_eq!(mount(&spec, "/dev/shm").last().unwrap(), "size=1048576");
     let linux = &spec["linux"];
     assert_eq!(linux["resources"]["pids"], json!({"limit": 100}));
-    assert_eq!(linux["sysctl"], json!({"net.core.somaxconn": "5"}));
+    assert_eq!(linux["sysctl"], json!({"kernel.msgmax": "5"}));
     let nodes = linux["devices"].as_array().unwrap().iter();
     let nodes: Vec<_> = nodes
         .map(|d| (&d["path"], &d["major"], &d["minor"]))
