@@ -11,8 +11,10 @@ use std::io;
 const DESCRIPTORS: i32 = 1024;
 
 /// Makes all threads allocate from one heap, gives the descriptor table its usual size, enables reports of seccomp
-/// violations, and disables core dumps unless requested (prlimit(1)). Libraries must leave it to the program.
+/// violations, disables core dumps unless requested (prlimit(1)), and unblocks signals that the caller had blocked. Libraries
+/// must leave it to the program.
 pub fn prepare_process() {
+    sys::unblock_signals();
     sys::share_heap();
     sys::report_violations();
     dump_no_core();
@@ -64,6 +66,25 @@ fn reserve_descriptors() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A mask is inherited through exec(2): of a parent that uses sigwait(3), SIGTERM would never arrive.
+    #[test]
+    fn signals_that_the_caller_blocked_arrive() {
+        let blocked = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+        };
+        let of_a_thread = std::thread::spawn(move || {
+            sys::block_signals();
+            let before = blocked();
+            sys::unblock_signals();
+            (before, blocked())
+        });
+        let (before, after) = of_a_thread.join().unwrap();
+        assert_ne!(before & (1 << (libc::SIGTERM - 1)), 0);
+        assert_eq!(after, 0);
+    }
 
     #[test]
     fn no_core_is_dumped_and_the_limit_can_be_raised() {

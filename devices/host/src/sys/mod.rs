@@ -42,6 +42,16 @@ pub fn block_signals() -> libc::sigset_t {
     }
 }
 
+/// Unblocks all signals in this thread.
+pub fn unblock_signals() {
+    // SAFETY: both calls get a valid set on this stack; only the calling thread's mask changes.
+    unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+    }
+}
+
 /// Gives this thread its own umask, working directory and root directory, so that it can set them without
 /// affecting the process.
 ///
