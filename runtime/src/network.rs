@@ -17,7 +17,7 @@ use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPa
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{RouteMessage, RouteType};
 use rtnetlink::packet_route::tc::TcMessage;
@@ -80,8 +80,9 @@ pub struct NetworkConfig {
     /// [`host_addresses`](crate::host_addresses). Default: none.
     pub blocked_destinations: Vec<IpNet>,
     /// For [`HostEnd::Join`]: whether processes in the network namespace on the host can connect to the guest by its IPv4
-    /// addresses. The source of their connections is a link-local address, to which the guest gets a route. Default: no.
-    pub host_access: bool,
+    /// addresses. The source of their connections is a link-local address, to which the guest gets a route. Default: if the
+    /// interface is a tap.
+    pub host_access: Option<bool>,
 }
 
 /// A static neighbour of a guest.
@@ -129,7 +130,7 @@ impl NetworkConfig {
             routes: Vec::new(),
             neighbours: Vec::new(),
             blocked_destinations: Vec::new(),
-            host_access: false,
+            host_access: None,
         }
     }
 
@@ -157,7 +158,10 @@ impl NetworkConfig {
                 network.device.mtu = network.device.mtu.or(found.mtu);
                 network.addresses.extend(found.addresses);
                 network.neighbours.extend(found.neighbours);
-                if self.host_access {
+                // At its other end is a program such as slirp4netns, whose ports podman publishes in the same way.
+                let host_access = self.host_access.unwrap_or(found.is_tap);
+                network.host_access = Some(host_access);
+                if host_access {
                     network.routes.push(host_access::route());
                     network.neighbours.push(host_access::CALLER);
                 }
@@ -205,6 +209,7 @@ struct Found {
     mtu: Option<u16>,
     addresses: Vec<IpNet>,
     neighbours: Vec<Neighbour>,
+    is_tap: bool,
 }
 
 /// The interfaces of a network namespace that were taken over by guests; dropping this gives them back, for the next user of
@@ -240,7 +245,7 @@ impl Drop for Takeover {
                     // It may no longer exist.
                     if let Ok(link) = link(&handle, name).await {
                         stop_redirection(&handle, link.header.index).await?;
-                        if network.host_access {
+                        if network.host_access == Some(true) {
                             host_access::restore_routes(&handle, &network, link.header.index)
                                 .await?;
                         }
@@ -347,6 +352,9 @@ async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
         match attribute {
             LinkAttribute::Address(bytes) => found.mac = bytes.try_into().ok().map(MacAddr),
             LinkAttribute::Mtu(mtu) => found.mtu = u16::try_from(mtu).ok(),
+            LinkAttribute::LinkInfo(all) => {
+                found.is_tap = all.contains(&LinkInfo::Kind(InfoKind::Tun));
+            }
             _ => {}
         }
     }
@@ -429,7 +437,7 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
             handle.link().set(up).execute().await.map_err(other)?;
             let refused = destinations(&network.addresses, &network.blocked_destinations);
             decide(&handle, index, &refused, Verdict::Dropped).await?;
-            if network.host_access
+            if network.host_access == Some(true)
                 && let Err(error) =
                     host_access::set_up(&handle, &network, there, (&tap, index)).await
             {

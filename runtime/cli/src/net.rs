@@ -154,7 +154,7 @@ impl NetArgs {
             Kind::None => return Vec::new(),
             Kind::User => NetworkConfig {
                 blocked_destinations: self.host.get().map_or(Vec::new(), |h| h.addresses.clone()),
-                host_access: self.receivers.get().is_some_and(|all| !all.is_empty()),
+                host_access: Some(self.receivers.get().is_some_and(|all| !all.is_empty())),
                 ..NetworkConfig::new(HostEnd::Join {
                     interface: PASTA_INTERFACE.into(),
                 })

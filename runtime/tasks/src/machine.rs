@@ -422,8 +422,8 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
         config.sysctls = task.spec.network_sysctls();
     }
     // Without root, ports are published by a process in the namespace (rootlessport), which connects to the container's
-    // address there; with root, connections come from outside.
-    let host_access = is_in_user_namespace();
+    // address there; with root, connections come from outside, unless the interface is a tap.
+    let host_access = is_in_user_namespace().then_some(true);
     config.networks = interfaces()?
         .into_iter()
         .map(|interface| NetworkConfig {

@@ -4,7 +4,7 @@ use crate::daemon::Containerd;
 use crate::tool::{ip, scratch, stdout, until};
 use anyhow::{Result, ensure};
 use std::fs;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 
 /// Removed on drop.
 struct Namespace(String);
@@ -231,10 +231,20 @@ pub(crate) fn a_tap_is_taken_over(containerd: &Containerd) -> Result<()> {
     }
 
     let namespace = format!("network:/run/netns/{name}");
-    let script = "ip address show eth0; ping -c 1 -w 60 203.0.113.1 > /dev/null && echo reached";
+    let script = "ip address show eth0; ping -c 1 -w 60 203.0.113.1 > /dev/null && echo reached; \
+                  echo served | nc -l -p 80";
     let options = ["--rm", "--with-ns", &namespace];
     let mut run = containerd.run(&options, "tapped", &["sh", "-c", script]);
-    let said = stdout(run.output()?)?;
+    let run = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // As podman's rootlessport connects to ports of a container with slirp4netns.
+    let served = until("a connection from the namespace", || {
+        let mut client = Command::new("ip");
+        client.args(["netns", "exec", name, "busybox", "nc", "203.0.113.2", "80"]);
+        let output = client.stdin(Stdio::null()).output()?;
+        Ok(output.status.success().then_some(output.stdout))
+    })?;
+    ensure!(served == b"served\n", "{served:?}");
+    let said = stdout(run.wait_with_output()?)?;
     ensure!(
         said.contains("203.0.113.2/24") && said.ends_with("reached"),
         "{said}"
