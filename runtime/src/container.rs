@@ -127,6 +127,7 @@ impl ContainerCreation<'_> {
         let mut adapted = oci::adapt(id, bundle, root, accounts)?;
         if root == Root::Directory {
             mount_points::make(&rootfs, &adapted.mount_points)?;
+            mount_points::make_links(&rootfs, &adapted.links)?;
             let root = adapted.spec.root().as_ref();
             if root.and_then(|root| root.readonly()) == Some(true) {
                 make_optional(&rootfs, &resources.files);

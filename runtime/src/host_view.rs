@@ -242,12 +242,13 @@ mod tests {
             {"destination": "/data", "type": "bind", "source": "data", "options": ["rbind", "ro"]},
             {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
             {"destination": "/sys/x", "type": "bind", "source": "/sys/fs", "options": ["bind"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
             {"destination": "/dev/null", "type": "bind", "source": "/dev/null", "options": ["bind"]},
         ]);
         let found = oci::mounts_on_host(&bundle(dir.path(), mounts)).unwrap();
         let all = found.iter().map(|mount| mount.source.as_deref());
         let all: Vec<_> = all.collect();
-        assert_eq!(all, [Some(data.as_path()), None, None, None]);
+        assert_eq!(all, [Some(data.as_path()), None, None, None, None]);
         assert!(found[0].options.read_only && !found[1].options.read_only);
     }
 

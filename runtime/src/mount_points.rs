@@ -4,6 +4,7 @@
 //! runc does. The tree is not trusted: symbolic links cannot lead out of it.
 
 use crate::Error;
+use crate::oci::Link;
 use koya_rootfs::{Kind, Rootfs};
 use std::path::Path;
 
@@ -31,6 +32,20 @@ pub(crate) fn make<P: AsRef<Path>>(
         check_type(&root, destination, is_file)?;
     }
     Ok(())
+}
+
+/// Creates links in `rootfs`. One that is there already must have the same target.
+///
+/// # Errors
+/// The link that can't be created, and the reason.
+pub(crate) fn make_links(rootfs: &Path, links: &[Link]) -> Result<(), Error> {
+    let root = open(rootfs)?;
+    links.iter().try_for_each(|Link { at, target }| {
+        root.make_link(at, target).map_err(|error| {
+            let what = format!("make the link {} to {}", at.display(), target.display());
+            Error::host(what)(error.into())
+        })
+    })
 }
 
 /// Checks the types of the mount points that `rootfs` has, without creating others.
@@ -109,6 +124,33 @@ mod tests {
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         let inside = outside.path().strip_prefix("/").unwrap();
         assert!(root.join(inside).join("x").is_dir());
+    }
+
+    #[test]
+    fn links_are_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        std::fs::create_dir(root.join("there")).unwrap();
+        std::os::unix::fs::symlink("/there", root.join("to-there")).unwrap();
+        let made = |at: &str, target: &str| {
+            let link = Link {
+                at: at.into(),
+                target: target.into(),
+            };
+            make_links(root, &[link]).map_err(|error| error.to_string())
+        };
+        for (at, found) in [("/a/b/link", "a/b/link"), ("/to-there/link", "there/link")] {
+            made(at, "nowhere").unwrap();
+            made(at, "nowhere").unwrap();
+            assert_eq!(root.join(found).read_link().unwrap(), Path::new("nowhere"));
+            let said = made(at, "elsewhere").unwrap_err();
+            assert!(
+                said.contains(&format!("make the link {at} to elsewhere")),
+                "{said}"
+            );
+        }
+        assert!(made("/there", "nowhere").is_err(), "a directory");
+        assert!(made("/", "nowhere").is_err());
     }
 
     /// Docker's error for this is "Are you trying to mount a directory onto a file".

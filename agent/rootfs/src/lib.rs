@@ -5,7 +5,7 @@
 
 use rustix::fs::{
     CWD, FileType, Mode, OFlags, ResolveFlags, StatVfs, StatVfsMountFlags, fchmod, fstat, fstatvfs,
-    mkdirat, openat, openat2, readlinkat,
+    mkdirat, openat, openat2, readlinkat, symlinkat,
 };
 use rustix::io::{Errno, Result};
 use rustix::mount::{MountFlags, mount_remount};
@@ -172,6 +172,19 @@ impl Rootfs {
             }
         }
         made
+    }
+
+    /// Creates a symbolic link, including parent directories, unless there is one with the same target.
+    ///
+    /// # Errors
+    /// The reason why it can't be created: EEXIST for another file at the path.
+    pub fn make_link(&self, path: &Path, target: &Path) -> Result<()> {
+        let (parent, name) = path.parent().zip(path.file_name()).ok_or(Errno::EXIST)?;
+        self.make(parent, Kind::Directory)?;
+        match symlinkat(target, self.find(parent)?, name) {
+            Err(Errno::EXIST) if self.link(path).as_deref() == Some(target) => Ok(()),
+            made => made,
+        }
     }
 
     fn make_unless_raced(&self, path: &Path, kind: Kind) -> Result<Option<OwnedFd>> {

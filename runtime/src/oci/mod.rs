@@ -10,6 +10,7 @@ mod bundle;
 mod capabilities;
 mod devices;
 pub(crate) mod from_config;
+mod links;
 mod mounts;
 mod namespaces;
 mod own_root;
@@ -24,6 +25,7 @@ mod valid;
 pub(crate) use bundle::Root;
 pub use bundle::{Bundle, SharedNamespaces, SharedPidNamespace};
 pub(crate) use devices::HostDisk;
+pub(crate) use links::Link;
 pub(crate) use mounts::OnHost;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
@@ -53,6 +55,8 @@ pub(crate) struct Adapted {
     /// Mount points in a root that is a directory, each with a flag for files (`None`: either); and the working directory
     /// if the root is read-only.
     pub(crate) mount_points: Vec<(PathBuf, Option<bool>)>,
+    /// Links in such a root.
+    pub(crate) links: Vec<Link>,
 }
 
 impl Bundle {
@@ -97,6 +101,13 @@ pub(crate) fn adapt(
     } = bundle;
     check_supported(&spec)?;
     mounts::plain_places(&mut spec);
+    tmpfs::add_dev(&mut spec);
+    let links = links::take(&mut spec, &directory)?;
+    if let (Some(link), Root::Image) = (links.first(), root) {
+        let why = "the option copy-symlink is not supported with an image as the root";
+        let reason = format!("{}: {why}", link.at.display());
+        return Err(Error::unsupported("mounts", reason));
+    }
     own_root::adapt(&mut spec, &directory, &rootfs)?;
     let root = adapt_root(id, rootfs, root, &mut spec);
     let rootfs = root.as_ref().map(|share| share.path.as_path());
@@ -131,6 +142,7 @@ pub(crate) fn adapt(
         has_guest_devices: devices.lists_the_hosts,
         direct: mounts.direct,
         mount_points,
+        links,
     })
 }
 
@@ -141,6 +153,8 @@ pub(crate) fn adapt(
 pub(crate) fn mounts_on_host(bundle: &Bundle) -> Result<Vec<OnHost>, Error> {
     let mut spec = bundle.spec.clone();
     mounts::plain_places(&mut spec);
+    tmpfs::add_dev(&mut spec);
+    links::take(&mut spec, &bundle.directory)?;
     own_root::adapt(&mut spec, &bundle.directory, &bundle.rootfs)?;
     mounts::on_host(&bundle.directory, &spec)
 }

@@ -165,6 +165,7 @@ fn adapt_mount(
             if source.is_none_or(|name| name.as_os_str().is_empty()) {
                 adapted.set_source(Some(kind.into()));
             }
+            keep_flags_of_file_system(&mut adapted);
             return Ok((adapted, MountSource::Nothing));
         }
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
@@ -201,6 +202,20 @@ fn adapt_mount(
         return Ok((adapted, MountSource::Nothing));
     }
     adapt_bind(id, number, directory, mount)
+}
+
+/// Gives the flags of a whole file system a value: libcontainer drops the plain words, but passes options with values to the
+/// file system, and the kernel looks only at their names (`vfs_parse_sb_flag`).
+fn keep_flags_of_file_system(mount: &mut Mount) {
+    let Some(mut options) = mount.options().clone() else {
+        return;
+    };
+    for option in &mut options {
+        if ["sync", "dirsync", "lazytime"].contains(&option.as_str()) {
+            option.push_str("=on");
+        }
+    }
+    mount.set_options(Some(options));
 }
 
 /// Options of the cgroup2 file system (Documentation/admin-guide/cgroup-v2.rst).
@@ -482,6 +497,20 @@ mod tests {
         }
         assert!(said("file", "dest-nofollow").contains("dest-nofollow"));
         assert_eq!(said("link", "ro"), "");
+    }
+
+    #[test]
+    fn flags_of_a_file_system_in_memory_are_kept() {
+        let of = |kind: &str, source: &str| {
+            let mount = json!({"destination": "/x", "type": kind, "source": source,
+                "options": ["nosuid", "sync", "dirsync", "size=1m"]});
+            let mount = serde_json::from_value(mount).unwrap();
+            let (adapted, _) = adapt_mount("c", 0, Path::new("/"), &mount, false).unwrap();
+            adapted.options().clone().unwrap()
+        };
+        let kept = ["nosuid", "sync=on", "dirsync=on", "size=1m"];
+        assert_eq!(of("tmpfs", "tmpfs"), kept);
+        assert!(of("bind", "/usr").contains(&"sync".to_owned()));
     }
 
     #[test]

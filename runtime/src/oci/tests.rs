@@ -103,6 +103,7 @@ fn a_file_system_without_a_source_is_named_by_its_type() {
             {"destination": "/proc", "type": "proc"},
             {"destination": "/tmp", "type": "tmpfs", "source": ""},
             {"destination": "/run", "type": "tmpfs", "source": "run"},
+            {"destination": "/dev", "type": "tmpfs", "source": "dev"},
         ]);
     });
     let adapted = adapt_it("c", bundle).unwrap();
@@ -110,7 +111,7 @@ fn a_file_system_without_a_source_is_named_by_its_type() {
     let sources: Vec<_> = mounts
         .map(|mount| mount.source().clone().unwrap())
         .collect();
-    assert_eq!(sources, ["proc", "tmpfs", "run"].map(PathBuf::from));
+    assert_eq!(sources, ["proc", "tmpfs", "run", "dev"].map(PathBuf::from));
 }
 
 /// The kubelet requests this for a pod with a volume that follows the host's mounts.
@@ -239,13 +240,17 @@ fn users_of_their_own_get_the_guests_sysfs() {
     assert_eq!(guests["type"], "sysfs");
 }
 
-/// Options of the last of these mounts, with a root file system prepared by `make`.
+/// Options of the last of these mounts, which are not `/dev`, with a root file system prepared by `make`.
 fn last_options(mounts: Value, make: impl FnOnce(&Path)) -> Vec<String> {
     let (dir, bundle) = bundle(|spec| spec["mounts"] = mounts);
     make(&dir.path().join("rootfs"));
     let adapted = adapt_it("c", bundle).unwrap();
     let mounts = adapted.spec.mounts().clone().unwrap();
-    mounts.last().unwrap().options().clone().unwrap_or_default()
+    let mut own = mounts
+        .iter()
+        .filter(|m| m.destination() != Path::new("/dev"));
+    let last = own.next_back().unwrap();
+    last.options().clone().unwrap_or_default()
 }
 
 fn make_with_mode(directory: &Path, mode: u32) {
@@ -491,6 +496,8 @@ fn a_bundle_keeps_what_it_says() {
             "capabilities": {"bounding": ["CAP_KILL"], "ambient": ["CAP_KILL"]},
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 9, "soft": 8}], "noNewPrivileges": true, "oomScoreAdj": 100});
         spec["mounts"][0]["options"] = json!(["nosuid", "hidepid=2"]);
+        let dev = json!({"destination": "/dev", "type": "tmpfs", "source": "dev", "options": ["mode=755"]});
+        spec["mounts"].as_array_mut().unwrap().push(dev);
         spec["linux"]["maskedPaths"] = json!(["/proc/x"]);
         spec["linux"]["sysctl"] = json!({"kernel.msgmax": "1"});
         spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]});

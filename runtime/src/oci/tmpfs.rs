@@ -51,6 +51,26 @@ pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
     spec.set_mounts(Some(mounts));
 }
 
+/// Adds a `/dev` in memory to a configuration that mounts nothing there. runc and crun create the devices in the root file
+/// system then, which a guest can't do in a read-only one, nor where an earlier container has done so.
+pub(super) fn add_dev(spec: &mut Spec) {
+    const OPTIONS: [&str; 4] = ["nosuid", "strictatime", "mode=0755", "size=65536k"];
+    let dev = Path::new("/dev");
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    if mounts.iter().any(|mount| mount.destination() == dev) {
+        return;
+    }
+    let mut mount = Mount::default();
+    mount
+        .set_destination(dev.into())
+        .set_typ(Some("tmpfs".into()))
+        .set_source(Some("tmpfs".into()))
+        .set_options(Some(OPTIONS.map(str::to_owned).into()));
+    let within = mounts.iter().position(|m| m.destination().starts_with(dev));
+    mounts.insert(within.unwrap_or(mounts.len()), mount);
+    spec.set_mounts(Some(mounts));
+}
+
 /// The directory that a mount covers.
 enum Covered {
     Nothing,

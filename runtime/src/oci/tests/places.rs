@@ -16,10 +16,28 @@ fn destinations_are_plain_paths_from_the_root() {
     let adapted = adapt_it("c", bundle).unwrap();
     let mounts = adapted.spec.mounts().iter().flatten();
     let places = mounts.map(|mount| mount.destination().to_str().unwrap());
-    assert_eq!(places.collect::<Vec<_>>(), ["/c", "/a/b", "/x"]);
-    let made = adapted.mount_points.iter().map(|(path, _)| path).take(3);
+    assert_eq!(places.collect::<Vec<_>>(), ["/c", "/a/b", "/x", "/dev"]);
+    let made = adapted.mount_points.iter().map(|(path, _)| path).take(4);
     assert!(made.eq(on_host.iter().map(|mount| &mount.at)));
     // Of contradicting options the last one counts.
     let shares = adapted.shares.iter().map(|share| share.options.read_only);
     assert_eq!(shares.collect::<Vec<_>>()[1..], [false, true]);
+}
+
+/// As in the configurations of crun's own tests.
+#[test]
+fn a_dev_in_memory_is_added_where_none_is_mounted() {
+    let with = |mounts: Value| {
+        let (_dir, bundle) = bundle(|spec| spec["mounts"] = mounts);
+        let adapted = adapt_it("c", bundle).unwrap();
+        let mounts = adapted.spec.mounts().clone().unwrap();
+        let places = mounts.iter().map(|m| m.destination().display().to_string());
+        (places.collect::<Vec<_>>(), adapted.mount_points)
+    };
+    let one = |at: &str| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"});
+    let (places, points) = with(json!([one("/a"), one("/dev/x"), one("/b"), one("/dev/y")]));
+    assert_eq!(places, ["/a", "/dev", "/dev/x", "/b", "/dev/y"]);
+    assert!(points.contains(&("/dev".into(), Some(false))), "{points:?}");
+    let (places, _) = with(json!([one("/devices"), one("/dev/../dev/")]));
+    assert_eq!(places, ["/devices", "/dev"]);
 }
