@@ -127,6 +127,7 @@ fn ask_for(
     let asked = ContainerRequest {
         id: boot.id.clone(),
         request: Request::Create(Create {
+            directory: boot.directory.clone(),
             bundle: boot.bundle.clone(),
             source: boot.source.clone(),
             joins: joins.clone(),
@@ -158,7 +159,9 @@ pub(crate) fn create(
     }
     // Mounts made after the start of this process may be missing in its own mount namespace.
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
-    let spec = read_spec(&create.source, &create.bundle, &id, create.preserved)?;
+    let mut spec = read_spec(&create.source, &create.bundle, &id, create.preserved)?;
+    // Mounted by its own process, whose mount namespace this is.
+    spec.take_overlays(&create.directory);
     tasks.create(CreateTask {
         id: id.clone(),
         bundle: create.bundle,

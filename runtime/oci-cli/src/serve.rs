@@ -15,8 +15,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use koya::Settings;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{
-    CreateTask, Event, EventSink, ExecTask, Exit, PidHolder, Spec, StdioConfig, StdioDescriptors,
-    TaskSet, TaskSetConfig, cgroup, read_process, read_resources,
+    CreateTask, Event, EventSink, ExecTask, Exit, Overlay, PidHolder, Spec, StdioConfig,
+    StdioDescriptors, TaskSet, TaskSetConfig, cgroup, enter_own_mounts, read_process,
+    read_resources,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
@@ -140,9 +141,9 @@ pub(crate) fn read_spec(
     Ok(spec)
 }
 
-/// Enters the container's control group and network while there is one thread.
+/// Enters the container's control group and network while there is one thread, and mounts its overlays.
 fn enter(boot: &Boot) -> Result<Spec> {
-    let spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved)?;
+    let mut spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved)?;
     let group = spec.cgroup();
     if let Some(group) = &group
         && let Err(error) = cgroup::enter(group)
@@ -150,14 +151,21 @@ fn enter(boot: &Boot) -> Result<Spec> {
         log::warn!("cannot enter {}: {error}", group.display());
     }
     cgroup::have_all_cpus();
+    let overlays = spec.take_overlays(&boot.directory);
     // The group is kept until the container is deleted, as with runc: callers read there how the container ended.
     match &boot.joins {
-        Some(_) => spec.enter_network_of_another()?,
+        Some(_) => {
+            spec.enter_network_of_another()?;
+            if !overlays.is_empty() {
+                enter_own_mounts()?;
+            }
+        }
         None => {
             spec.enter_namespaces()?;
             koya::vmm::devices::fs::raise_descriptor_limit();
         }
     }
+    overlays.iter().try_for_each(Overlay::mount)?;
     Ok(spec)
 }
 

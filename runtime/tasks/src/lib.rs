@@ -38,12 +38,13 @@
 //! A request blocks its thread while the guest or the host works, but holds no lock: the state has one lock, each process
 //! and its streams have their own (`sync::Level` defines the order), and a request that changes a task takes its turn
 //! (`set::Turn`). Process-wide effects are limited to functions whose names say so: [`cgroup::enter`] and [`cgroup::leave`]
-//! move the process, and [`Spec::enter_namespaces`] its only thread.
+//! move the process, and [`Spec::enter_namespaces`] and [`enter_own_mounts`] its only thread.
 
 mod blocking;
 pub mod cgroup;
 mod control;
 mod create;
+mod default_users;
 mod error;
 mod event;
 mod exec;
@@ -55,6 +56,7 @@ mod machine;
 mod mounts;
 mod namespaces;
 mod oci_compat;
+mod overlays;
 mod pid_holder;
 mod preserved;
 mod process;
@@ -78,8 +80,9 @@ pub use error::Error;
 pub use event::{Event, EventSink};
 pub use exec::ExecTask;
 pub use mounts::Mount;
-pub use namespaces::is_in_user_namespace;
+pub use namespaces::{enter_own_mounts, is_in_user_namespace};
 pub use oci_compat::{read_process, read_resources};
+pub use overlays::Overlay;
 pub use pid_holder::PidHolder;
 pub use preserved::Preserved;
 pub use process::{Exit, ExitWatch, Status};

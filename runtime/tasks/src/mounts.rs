@@ -79,7 +79,8 @@ pub(crate) fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
     Ok(())
 }
 
-fn mount_one(wanted: &Mount, at: &Path) -> Result<()> {
+/// Mounts one of them at `at`.
+pub(crate) fn mount_one(wanted: &Mount, at: &Path) -> Result<()> {
     let options = Options::parse(&wanted.options);
     let is_bind = options.bind.is_some() || wanted.kind == "bind" || wanted.kind == "rbind";
     if is_bind {

@@ -49,10 +49,7 @@ impl Network {
     /// Moves the calling thread into it, and into a new mount namespace: mounts made there end with its last thread. Threads
     /// created later are in the same namespaces; for a single-threaded process, `/proc/PID/ns/net` is the sandbox's.
     pub(crate) fn enter(&self) -> Result<()> {
-        unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-        // Later mounts of the host still propagate here (volumes), but not vice versa.
-        let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-        mount_change("/", flags).context("cannot make mounts private")?;
+        enter_own_mounts()?;
         match self {
             Self::Host => Ok(()),
             Self::New => {
@@ -83,6 +80,17 @@ impl Network {
             Self::Host | Self::New => Ok(()),
         }
     }
+}
+
+/// Moves the calling thread into a new mount namespace: mounts made there end with its last thread.
+///
+/// # Errors
+/// If the thread may not have one.
+pub fn enter_own_mounts() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    // Later mounts of the host still propagate here (volumes), but not vice versa.
+    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", flags).context("cannot make mounts private")
 }
 
 fn open(path: &Path) -> Result<File> {

@@ -2,6 +2,7 @@
 
 use crate::Error;
 use crate::cgroup;
+use crate::default_users;
 use crate::hooks;
 use crate::namespaces::Network;
 use crate::oci_compat;
@@ -43,7 +44,7 @@ impl Spec {
         Self::read_file(&bundle.join("config.json"))
     }
 
-    /// Reads it from a file.
+    /// Reads it from a file. A new user namespace without mappings gets those of the caller, as with crun.
     ///
     /// # Errors
     /// If it is missing or invalid.
@@ -51,7 +52,9 @@ impl Spec {
         let text =
             std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let spec = oci_compat::read_spec(&text);
-        Ok(Self(spec.with_context(|| path.display().to_string())?))
+        let mut spec = spec.with_context(|| path.display().to_string())?;
+        default_users::fill_in(&mut spec);
+        Ok(Self(spec))
     }
 
     /// Validates the configuration by itself: what is not supported, and what is invalid whatever the guest is like.

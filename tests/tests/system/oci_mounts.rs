@@ -12,6 +12,7 @@ crate::trials!(
     a_dev_may_be_read_only,
     a_read_only_mount_keeps_what_its_source_has,
     mounts_have_mapped_users,
+    overlays_are_mounted_by_the_host,
     only_rbind_takes_what_is_mounted_below
 );
 
@@ -231,5 +232,70 @@ fn mounts_have_mapped_users() -> Result<()> {
         ensure!(owners(&shared.join("old"))? == (5, 6), "{id}: changed");
         ensure!(owners(&shared.join("new"))? == (0, 0), "{id}: new");
     }
+    Ok(())
+}
+
+/// As podman requests them for images (without an upper directory) and for `:O`, here with crun's user namespace without
+/// mappings, where root is the caller; and a link that is copied.
+fn overlays_are_mounted_by_the_host() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let script = "cd /both; cat kept; echo more >> kept; rm gone; echo new > new; ls; touch /image/new || echo refused; \
+                  ls /image; cat /proc/self/uid_map /proc/self/gid_map; readlink /a/link";
+    let bundle = bundle(script, |config| {
+        config["root"]["readonly"] = false.into();
+        if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
+            namespaces.push(json!({"type": "user"}));
+        }
+        // There is no such group.
+        for options in mount_options(config, "/dev/pts") {
+            options.retain(|option| option != "gid=5");
+        }
+    })?;
+    for directory in ["lower", "upper", "work", "image", "below"] {
+        make(&bundle.join(directory), 0o755)?;
+    }
+    for (file, content) in [
+        ("lower/kept", "kept\n"),
+        ("lower/gone", ""),
+        ("image/of-it", ""),
+    ] {
+        fs::write(bundle.join(file), content)?;
+    }
+    let path = bundle.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let option = |name: &str, directory: &str| -> Result<String> {
+        Ok(format!("{name}={}", text(&bundle.join(directory))?))
+    };
+    let both = [
+        option("lowerdir", "lower")?,
+        option("upperdir", "upper")?,
+        option("workdir", "work")?,
+        "private".into(),
+    ];
+    // Without an upper directory there are at least two.
+    let image = format!(
+        "{}:{}",
+        option("lowerdir", "image")?,
+        text(&bundle.join("below"))?
+    );
+    for (at, options) in [("/both", json!(both)), ("/image", json!([image]))] {
+        let mount =
+            json!({"destination": at, "type": "overlay", "source": "overlay", "options": options});
+        add_mount(&mut config, mount);
+    }
+    std::os::unix::fs::symlink("nowhere", bundle.join("link"))?;
+    let link = json!({"destination": "/a/link", "type": "bind", "source": "link",
+        "options": ["rbind", "copy-symlink"]});
+    add_mount(&mut config, link);
+    fs::write(&path, config.to_string())?;
+    let said = runtime.ok(&["run", "--bundle", text(&bundle)?, "mounts-l"])?;
+    let words: Vec<_> = said.split_whitespace().collect();
+    ensure!(
+        words.join(" ") == "kept kept new refused of-it 0 0 1 0 0 1 nowhere",
+        "{said}"
+    );
+    ensure!(fs::read_to_string(bundle.join("upper/kept"))? == "kept\nmore\n");
+    ensure!(fs::read_to_string(bundle.join("upper/new"))? == "new\n");
+    ensure!(fs::read_to_string(bundle.join("lower/kept"))? == "kept\n");
     Ok(())
 }

@@ -75,10 +75,6 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
             ),
         ),
         (
-            "mapped users without a mapping",
-            one("/linux/namespaces/-", json!({"type": "user"})),
-        ),
-        (
             "a mapping to no user",
             vec![
                 ("/linux/namespaces/-", json!({"type": "user"})),
