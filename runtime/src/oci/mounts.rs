@@ -52,12 +52,16 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
     let shared_ipc = namespaces::is_joined(spec, LinuxNamespaceType::Ipc);
     let mut adapted = Adapted::default();
     let mut mounts = Vec::new();
-    for (number, mount) in spec.mounts().iter().flatten().enumerate() {
-        let mapped = users::of(spec, mount)?;
-        let (mut mount, mut source_kind) = match is_literal && is_bind(mount) {
-            true => adapt_bind(id, number, directory, mount)?,
-            false => adapt_mount(id, number, directory, mount, shared_ipc)?,
+    let is_mapped = namespaces::all(spec).any(|n| n.typ() == LinuxNamespaceType::User);
+    for (number, wanted) in spec.mounts().iter().flatten().enumerate() {
+        let mapped = users::of(spec, wanted)?;
+        let (mut mount, mut source_kind) = match is_literal && is_bind(wanted) {
+            true => adapt_bind(id, number, directory, wanted)?,
+            false => adapt_mount(id, number, directory, wanted, shared_ipc)?,
         };
+        if let MountSource::Share(share) = &source_kind {
+            keep_flags(&share.path, wanted, &mut mount, is_mapped);
+        }
         if let Some(mapped) = mapped {
             let MountSource::Share(share) = &mut source_kind else {
                 let destination = mount.destination().display();
@@ -92,7 +96,7 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
             MountSource::Direct(volume) => adapted.direct.push((number as u32, volume)),
         }
     }
-    if namespaces::all(spec).any(|n| n.typ() == LinuxNamespaceType::User) {
+    if is_mapped {
         mounts.iter_mut().for_each(bind_sysfs);
     }
     mounts.iter_mut().for_each(make_symfollow_recursive);
@@ -393,26 +397,38 @@ const FLAGS: [&str; 20] = [
 /// Linux's ST_NOSYMFOLLOW.
 const NO_SYMLINKS: StatVfsMountFlags = StatVfsMountFlags::from_bits_retain(0x2000);
 
-/// Flags of a bind mount without options for flags: those of its source's mount, as with runc and mount(8). A read-only
-/// source needs no flag.
-fn kept_flags(source: &Path, mount: &Mount) -> Vec<&'static str> {
-    if FLAGS.iter().any(|flag| has(mount, flag)) {
-        return Vec::new();
-    }
+/// Adds the flags to a bind mount that it keeps of its source's mount, as with runc.
+fn keep_flags(source: &Path, wanted: &Mount, adapted: &mut Mount, is_mapped: bool) {
     let Ok(found) = rustix::fs::statvfs(source) else {
-        return Vec::new();
+        return;
     };
+    let kept = kept_flags(found.f_flag, wanted, is_mapped);
+    if !kept.is_empty() {
+        let options = adapted.options().clone().unwrap_or_default();
+        let kept = kept.into_iter().map(String::from);
+        adapted.set_options(Some(options.into_iter().chain(kept).collect()));
+    }
+}
+
+/// All flags of its source, as with mount(8), if a bind mount has no options for flags, and otherwise those of access times
+/// unless it has options for these. A container with mapped users keeps what it could not clear on the host, and can't have
+/// other access times than the guest's mounts. A read-only source needs no flag.
+fn kept_flags(found: StatVfsMountFlags, wanted: &Mount, is_mapped: bool) -> Vec<&'static str> {
+    let has_any = |flags: &[&str]| flags.iter().any(|flag| has(wanted, flag));
+    let is_plain = !has_any(&FLAGS);
+    let access = !is_mapped && !has_any(&["noatime", "nodiratime", "relatime", "strictatime"]);
+    let lasts = |cleared| is_plain || (is_mapped && !has_any(&[cleared]));
     let all = [
-        (StatVfsMountFlags::NOSUID, "nosuid"),
-        (StatVfsMountFlags::NODEV, "nodev"),
-        (StatVfsMountFlags::NOEXEC, "noexec"),
-        (StatVfsMountFlags::NOATIME, "noatime"),
-        (StatVfsMountFlags::NODIRATIME, "nodiratime"),
-        (NO_SYMLINKS, "nosymfollow"),
+        (StatVfsMountFlags::NOSUID, "nosuid", lasts("suid")),
+        (StatVfsMountFlags::NODEV, "nodev", lasts("dev")),
+        (StatVfsMountFlags::NOEXEC, "noexec", lasts("exec")),
+        (StatVfsMountFlags::NOATIME, "noatime", access),
+        (StatVfsMountFlags::NODIRATIME, "nodiratime", access),
+        (NO_SYMLINKS, "nosymfollow", is_plain),
     ];
     let kept = all.into_iter();
-    let kept = kept.filter(|(flag, _)| found.f_flag.contains(*flag));
-    kept.map(|(_, name)| name).collect()
+    let kept = kept.filter(|(flag, _, keeps)| *keeps && found.contains(*flag));
+    kept.map(|(_, name, _)| name).collect()
 }
 
 /// Converts a bind mount: a directory or file of the host, or a path recorded for a block device.
@@ -452,12 +468,6 @@ fn adapt_bind(
             _ => "it is a device of the host, which a guest does not have",
         };
         return Err(wrong(what.into()));
-    }
-    let kept = kept_flags(&source, mount);
-    if !kept.is_empty() {
-        let options = mount.options().clone().unwrap_or_default();
-        let kept = kept.into_iter().map(String::from);
-        adapted.set_options(Some(options.into_iter().chain(kept).collect()));
     }
     let share = Share {
         name: format!("{id}.mount{number}"),
@@ -511,6 +521,26 @@ mod tests {
         let kept = ["nosuid", "sync=on", "dirsync=on", "size=1m"];
         assert_eq!(of("tmpfs", "tmpfs"), kept);
         assert!(of("bind", "/usr").contains(&"sync".to_owned()));
+    }
+
+    #[test]
+    fn a_bind_mount_keeps_flags_of_its_source() {
+        use StatVfsMountFlags as F;
+        let kept = |found: F, options: &[&str], is_mapped| {
+            let mount = json!({"destination": "/x", "type": "bind", "options": options});
+            kept_flags(found, &serde_json::from_value(mount).unwrap(), is_mapped).join(",")
+        };
+        let all = F::NOSUID | F::NODEV | F::NOATIME | NO_SYMLINKS;
+        assert_eq!(
+            kept(all, &["bind"], false),
+            "nosuid,nodev,noatime,nosymfollow"
+        );
+        assert_eq!(kept(all, &["bind", "ro", "atime"], false), "noatime");
+        assert_eq!(kept(all, &["bind", "relatime"], false), "");
+        // The kernel lets no user namespace change access times of what it did not mount.
+        assert_eq!(kept(all, &["bind"], true), "nosuid,nodev,nosymfollow");
+        assert_eq!(kept(all, &["bind", "ro"], true), "nosuid,nodev");
+        assert_eq!(kept(all, &["bind", "dev", "noatime"], true), "nosuid");
     }
 
     #[test]

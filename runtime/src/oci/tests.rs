@@ -95,25 +95,6 @@ fn what_is_the_hosts_becomes_the_guests() {
     );
 }
 
-/// The configurations of crun's own tests mount proc like this.
-#[test]
-fn a_file_system_without_a_source_is_named_by_its_type() {
-    let (_dir, bundle) = bundle(|spec| {
-        spec["mounts"] = json!([
-            {"destination": "/proc", "type": "proc"},
-            {"destination": "/tmp", "type": "tmpfs", "source": ""},
-            {"destination": "/run", "type": "tmpfs", "source": "run"},
-            {"destination": "/dev", "type": "tmpfs", "source": "dev"},
-        ]);
-    });
-    let adapted = adapt_it("c", bundle).unwrap();
-    let mounts = adapted.spec.mounts().iter().flatten();
-    let sources: Vec<_> = mounts
-        .map(|mount| mount.source().clone().unwrap())
-        .collect();
-    assert_eq!(sources, ["proc", "tmpfs", "run", "dev"].map(PathBuf::from));
-}
-
 /// The kubelet requests this for a pod with a volume that follows the host's mounts.
 #[test]
 fn mounts_of_the_root_propagate_as_runc_names_it() {

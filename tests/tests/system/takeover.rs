@@ -235,11 +235,13 @@ pub(crate) fn a_tap_is_taken_over(containerd: &Containerd) -> Result<()> {
                   echo served | nc -l -p 80";
     let options = ["--rm", "--with-ns", &namespace];
     let mut run = containerd.run(&options, "tapped", &["sh", "-c", script]);
+    let run = run.stdin(Stdio::null());
     let run = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     // As podman's rootlessport connects to ports of a container with slirp4netns.
     let served = until("a connection from the namespace", || {
         let mut client = Command::new("ip");
-        client.args(["netns", "exec", name, "busybox", "nc", "203.0.113.2", "80"]);
+        client.args(["netns", "exec", name, "timeout", "9"]);
+        client.args(["busybox", "nc", "203.0.113.2", "80"]);
         let output = client.stdin(Stdio::null()).output()?;
         Ok(output.status.success().then_some(output.stdout))
     })?;

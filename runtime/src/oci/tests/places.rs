@@ -1,4 +1,4 @@
-//! Destinations of mounts.
+//! Destinations of mounts, and mounts that say too little.
 
 use super::*;
 
@@ -40,4 +40,23 @@ fn a_dev_in_memory_is_added_where_none_is_mounted() {
     assert!(points.contains(&("/dev".into(), Some(false))), "{points:?}");
     let (places, _) = with(json!([one("/devices"), one("/dev/../dev/")]));
     assert_eq!(places, ["/devices", "/dev"]);
+}
+
+/// The configurations of crun's own tests mount proc like this.
+#[test]
+fn a_file_system_without_a_source_is_named_by_its_type() {
+    let (_dir, bundle) = bundle(|spec| {
+        spec["mounts"] = json!([
+            {"destination": "/proc", "type": "proc"},
+            {"destination": "/tmp", "type": "tmpfs", "source": ""},
+            {"destination": "/run", "type": "tmpfs", "source": "run"},
+            {"destination": "/dev", "type": "tmpfs", "source": "dev"},
+        ]);
+    });
+    let adapted = adapt_it("c", bundle).unwrap();
+    let mounts = adapted.spec.mounts().iter().flatten();
+    let sources: Vec<_> = mounts
+        .map(|mount| mount.source().clone().unwrap())
+        .collect();
+    assert_eq!(sources, ["proc", "tmpfs", "run", "dev"].map(PathBuf::from));
 }
