@@ -106,12 +106,12 @@ const CHANGES: &[(&str, &str, &str)] = &[
     (
         "500-networking.bats",
         "run curl -s",
-        "run curl --retry 15 --retry-connrefused -s",
+        "run curl --retry 20 --retry-delay 1 --retry-connrefused -s",
     ),
     (
         "500-networking.bats",
         "--retry 2",
-        "--retry 15 --retry-connrefused",
+        "--retry 20 --retry-delay 1 --retry-connrefused",
     ),
     ("500-networking.bats", "nc -w 1", "nc -w 9"),
 ];

@@ -333,16 +333,18 @@ impl Spec {
         }
     }
 
-    /// Replaces the supplementary groups of its process. Those that its user namespace does not have are left out.
+    /// Replaces the supplementary groups of its process by groups of the caller, as its user namespace has them: those that it
+    /// does not have are left out.
     pub fn set_groups(&mut self, mut groups: Vec<u32>) {
         let linux = self.0.linux().as_ref();
         let mappings = linux.and_then(|linux| linux.gid_mappings().as_ref());
         if let Some(mappings) = mappings.filter(|mappings| !mappings.is_empty()) {
-            let has = |mapping: &oci::LinuxIdMapping, gid: u32| {
-                let offset = gid.checked_sub(mapping.container_id());
-                offset.is_some_and(|offset| offset < mapping.size())
+            let within = |mapping: &oci::LinuxIdMapping, gid: u32| {
+                let offset = gid.checked_sub(mapping.host_id())?;
+                (offset < mapping.size()).then(|| mapping.container_id().checked_add(offset))?
             };
-            groups.retain(|gid| mappings.iter().any(|mapping| has(mapping, *gid)));
+            let mapped = |gid| mappings.iter().find_map(|mapping| within(mapping, gid));
+            groups = groups.into_iter().filter_map(mapped).collect();
         }
         if let Some(process) = self.0.process_mut() {
             process.user_mut().set_additional_gids(Some(groups));
@@ -504,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_that_are_not_mapped_are_left_out() {
+    fn groups_of_the_caller_are_those_that_the_container_has_for_them() {
         let groups = |linux: Value| {
             let process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0, "additionalGids": [1]}});
             let mut spec = spec(json!({"process": process, "linux": linux}));
@@ -517,6 +519,6 @@ mod tests {
             {"containerID": 0, "hostID": 1, "size": 9},
             {"containerID": 9, "hostID": 0, "size": 1},
         ]);
-        assert_eq!(groups(json!({"gidMappings": mappings})), [2, 9]);
+        assert_eq!(groups(json!({"gidMappings": mappings})), [1, 8]);
     }
 }
