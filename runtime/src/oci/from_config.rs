@@ -179,7 +179,7 @@ pub(crate) fn files(id: &str, config: &ContainerConfig) -> Result<Vec<File>, Err
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{names}\n"
     );
     for (name, address) in &config.extra_hosts {
-        check_word("extra host", name)?;
+        resolver::check_word("extra host", name)?;
         hosts.push_str(&format!("{address}\t{name}\n"));
     }
     let file = |path: &str, content: String, replace: bool| File {
@@ -198,14 +198,6 @@ pub(crate) fn files(id: &str, config: &ContainerConfig) -> Result<Vec<File>, Err
             *resolver != Resolver::default(),
         ),
     ])
-}
-
-/// Checks a word for a line of a configuration file.
-fn check_word(field: &'static str, word: &str) -> Result<(), Error> {
-    if word.is_empty() || word.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err(Error::invalid(field, format!("{word:?} is not a word")));
-    }
-    Ok(())
 }
 
 fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {

@@ -1,6 +1,5 @@
 //! Name resolution of a container: that of the host, except for what its configuration sets.
 
-use super::check_word;
 use crate::{Error, Resolver};
 use std::net::IpAddr;
 use std::path::Path;
@@ -35,6 +34,17 @@ fn host() -> String {
             _ => rest,
         },
     }
+}
+
+/// Checks a word for a line of a configuration file.
+///
+/// # Errors
+/// If it is empty, or more than one word.
+pub(super) fn check_word(field: &'static str, word: &str) -> Result<(), Error> {
+    if word.is_empty() || word.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return Err(Error::invalid(field, format!("{word:?} is not a word")));
+    }
+    Ok(())
 }
 
 /// Replaces the lines of each kind that is set.
