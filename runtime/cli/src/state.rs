@@ -82,7 +82,9 @@ fn check_name(name: &str) -> Result<()> {
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     if !proper {
-        bail!("{name:?} can't name a container: use letters, digits, '-', '_' and '.'");
+        bail!(
+            "{name:?} can't name a container: use at most 64 letters, digits, '-', '_' and '.', the first a letter or digit"
+        );
     }
     Ok(())
 }

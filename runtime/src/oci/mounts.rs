@@ -397,6 +397,15 @@ const FLAGS: [&str; 20] = [
 /// Linux's ST_NOSYMFOLLOW.
 const NO_SYMLINKS: StatVfsMountFlags = StatVfsMountFlags::from_bits_retain(0x2000);
 
+/// All flags of the mount that a file of the host is in, as options, except that for read-only access.
+pub(super) fn flags_of(source: &Path) -> Vec<&'static str> {
+    let found = rustix::fs::statvfs(source);
+    found.map_or_else(
+        |_| Vec::new(),
+        |found| kept_flags(found.f_flag, &Mount::default(), false),
+    )
+}
+
 /// Adds the flags to a bind mount that it keeps of its source's mount, as with runc.
 fn keep_flags(source: &Path, wanted: &Mount, adapted: &mut Mount, is_mapped: bool) {
     let Ok(found) = rustix::fs::statvfs(source) else {

@@ -46,7 +46,13 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
     write(&blank.join("file"), 0o644, b"found\n")?;
     let inner = tree.join("inner");
     let _mounted = Mounted::at(&inner)?;
-    write(&tree.join("inner/file"), 0o644, b"")?;
+    stdout(
+        Command::new("mount")
+            .args(["-o", "remount,noexec"])
+            .arg(&inner)
+            .output()?,
+    )?;
+    write(&tree.join("inner/file"), 0o755, b"#!/bin/sh\n")?;
     let volume = |from: &Path, to: &str| format!("{}:{to}", from.display());
     let options = [
         "--tmpfs".into(),
@@ -62,6 +68,10 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
         volume(&tree, "/tree:ro"),
         "-v".into(),
         volume(&blank, "/with blank \\ ünd"),
+        "-v".into(),
+        volume(&inner, "/kept"),
+        "-v".into(),
+        volume(&inner, "/kept-ro:ro"),
     ];
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     // `t` prints whether a command succeeded.
@@ -75,6 +85,7 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
         echo file-in-volume: $(ls /data | sort | xargs) $(cat /data/config.json)
         echo file-read-only: $(t sh -c 'echo x >> /data/config.json') $(t touch /data/new)
         echo submount-read-only: $(ls /tree/inner) $(t touch /tree/x) $(t touch /tree/inner/x)
+        echo flags-of-source: $(t /kept/file) $(t /kept-ro/file) $(t touch /kept-ro/x) $(t touch /kept/y)
         echo blanks: $(cat '/with blank \\ ünd/file')";
     let said = sh(&options, script)?;
     expect(
@@ -91,6 +102,7 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
             ),
             ("file-read-only", "refused done"),
             ("submount-read-only", "file refused refused"),
+            ("flags-of-source", "refused refused refused done"),
             ("blanks", "found"),
         ],
     )?;

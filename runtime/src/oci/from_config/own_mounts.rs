@@ -63,8 +63,13 @@ fn bind(volume: &Volume) -> Result<Value, Error> {
     } else {
         "rprivate"
     };
-    let access = if volume.read_only { "ro" } else { "rw" };
-    Ok(json!({"type": "bind", "source": source, "options": ["rbind", propagation, access]}))
+    let mut options = vec!["rbind", propagation];
+    if volume.read_only {
+        // An option for one flag clears all others, and a volume is meant to be restricted further.
+        options.push("ro");
+        options.extend(crate::oci::mounts::flags_of(&volume.source));
+    }
+    Ok(json!({"type": "bind", "source": source, "options": options}))
 }
 
 fn in_memory(tmpfs: &Tmpfs) -> Result<Value, Error> {
@@ -178,6 +183,25 @@ mod tests {
             config.tmpfs = vec![Tmpfs::new("/x")];
         });
         assert!(both.is_err());
+    }
+
+    /// opencontainers/runc 3805, with a volume of the command line.
+    #[test]
+    fn a_volume_has_the_flags_of_its_sources_mount() {
+        let source = tempfile::tempdir_in("/dev/shm").unwrap();
+        let flags = crate::oci::mounts::flags_of(source.path());
+        let options = |read_only| {
+            let volume = Volume {
+                read_only,
+                ..Volume::new(source.path(), "/x")
+            };
+            let said = bind(&volume).unwrap()["options"].clone();
+            serde_json::from_value::<Vec<String>>(said).unwrap()
+        };
+        // Without an option for any flag, the mount keeps them all.
+        assert_eq!(options(false), ["rbind", "rprivate"]);
+        let wanted = ["rbind", "rprivate", "ro"].into_iter().chain(flags);
+        assert_eq!(options(true), wanted.collect::<Vec<_>>());
     }
 
     /// moby/moby 18853, docker/compose 3425.
