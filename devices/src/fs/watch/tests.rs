@@ -4,7 +4,9 @@ use super::translate::HOST_COOKIE;
 use super::*;
 use crate::fs::Shares;
 use crate::fs::passthrough::{Caller, Options, Passthrough};
-use crate::fs::wire::{CreateIn, HostWatchIn, MkdirIn, OpenIn, ROOT_ID, SetattrIn, setattr};
+use crate::fs::wire::{
+    CreateIn, HostWatchIn, LinkIn, MkdirIn, OpenIn, ROOT_ID, SetattrIn, setattr,
+};
 use std::fs;
 use std::path::PathBuf;
 
@@ -214,6 +216,35 @@ fn the_end_of_a_directory_is_reported_once() {
     let state = lock(&f.events.0.state);
     assert_eq!(state.nodes.len(), COUNT, "they are still watched");
     assert!(state.watched.values().all(|one| one.children.is_empty()));
+}
+
+/// Of a file's names, the server knows that of the last lookup.
+#[test]
+fn changes_by_the_guest_are_not_reported_for_another_name_of_the_file() {
+    let f = Fixture::new();
+    f.watch(f.root, 1);
+    fs::write(f.path("file"), "text").unwrap();
+    let node = f.node(c"file");
+    f.reported();
+    let truncate = |size| {
+        let arg = SetattrIn {
+            valid: setattr::SIZE,
+            size,
+            ..SetattrIn::default()
+        };
+        f.files.setattr(node, &arg).unwrap();
+    };
+    f.files
+        .link(f.root, c"other", &LinkIn { oldnodeid: node })
+        .unwrap();
+    truncate(3);
+    assert_eq!(f.reported(), [], "two names");
+    f.files.unlink(f.root, c"other", false).unwrap();
+    truncate(2);
+    assert_eq!(f.reported(), [], "the last one was removed");
+    fs::write(f.path("file"), "more").unwrap();
+    let names: HashSet<_> = f.reported().into_iter().map(|(.., name)| name).collect();
+    assert_eq!(names, HashSet::from(["file".to_owned()]));
 }
 
 #[test]

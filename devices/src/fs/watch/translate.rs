@@ -7,9 +7,10 @@ use koya_host::sync::lock;
 use rustix::fs::inotify::{self, ReadFlags};
 use rustix::io::Errno;
 use std::collections::VecDeque;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 
 /// Limit of collected events; further ones stay in the host's queue.
 const MAX_PENDING: usize = 4096;
@@ -116,7 +117,10 @@ impl Watches {
                 && kind == kind::ATTRIB
                 && !state.is_own(node, name, kind::DELETE_SELF)
                 && self.is_gone(&node.inode);
-            if node.mask & kind != 0 && !state.is_own(node, name, kind) {
+            if node.mask & kind != 0
+                && !state.is_own(node, name, kind)
+                && !self.is_own_by_another_name(state, &node.inode, name, kind)
+            {
                 push(&mut state.pending, nodeid, kind | dir, cookie, name);
             }
             if ends {
@@ -144,6 +148,40 @@ impl Watches {
         }
     }
 
+    /// Whether the guest is changing the file that is this entry of a directory, although the name recorded for the change is
+    /// another one: of the names of a file, only that of the last lookup is known, which may have been removed.
+    fn is_own_by_another_name(
+        &self,
+        state: &State,
+        directory: &Inode,
+        name: &[u8],
+        kind: u32,
+    ) -> bool {
+        if kind & (kind::MODIFY | kind::ATTRIB | kind::CLOSE_WRITE) == 0 {
+            return false;
+        }
+        let changes = state.changes_in_progress.iter();
+        let of_this_kind =
+            changes.filter(|((_, entry), change)| entry.is_empty() && change.kinds & kind != 0);
+        let mut changing = of_this_kind.map(|((node, _), _)| *node).peekable();
+        if name.is_empty() || changing.peek().is_none() {
+            return false;
+        }
+        let found = || {
+            let directory = self.inodes.fd(directory).ok()?;
+            let name = CString::new(name).ok()?;
+            file_number(inodes::open_entry(&*directory, &name).ok()?)
+        };
+        let Some(found) = found() else {
+            return false;
+        };
+        changing.any(|node| {
+            let inode = self.inodes.get(node);
+            let fd = inode.and_then(|inode| self.inodes.fd(&inode));
+            fd.is_ok_and(|fd| file_number(&*fd) == Some(found))
+        })
+    }
+
     /// Whether a file is unlinked. If it can't be examined, nothing here holds it open, and the host reports
     /// the removal itself.
     fn is_gone(&self, inode: &Inode) -> bool {
@@ -165,6 +203,12 @@ impl Watches {
             self.leave_parent(state, nodeid, before);
         }
     }
+}
+
+/// What identifies a file on the host: its file system, and its number there.
+fn file_number(fd: impl AsFd) -> Option<(u32, u32, u64)> {
+    let stat = inodes::stat(fd).ok()?;
+    Some((stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino))
 }
 
 fn push(pending: &mut VecDeque<HostEvent>, nodeid: u64, mask: u32, cookie: u32, name: &[u8]) {
