@@ -234,6 +234,7 @@ impl Server {
                 let arg: wire::Rename2In = args.take()?;
                 let (old, new) = (args.name()?, args.name()?);
                 self.files.rename(node, old, arg.newdir, new, arg.flags)?;
+                self.files.give_whiteout(node, old, arg.flags, caller);
                 Ok(Reply::Empty)
             }
             op::LINK => {

@@ -248,6 +248,31 @@ impl Passthrough {
         Ok(())
     }
 
+    /// After a move that left a whiteout under the old name (RENAME_WHITEOUT): gives it to the caller. The move cannot be
+    /// undone, so a file system without owners is no error.
+    pub fn give_whiteout(&self, parent: u64, name: &CStr, flags: u32, caller: Caller) {
+        if flags & RenameFlags::WHITEOUT.bits() == 0 {
+            return;
+        }
+        let give = || {
+            let directory = self.writable(parent)?;
+            let caller = self.owner_in(&directory, caller)?;
+            let entry = inodes::open_entry(self.inodes.fd(&directory)?, name)?;
+            let stat = inodes::stat(&entry)?;
+            // Another process may have replaced it meanwhile.
+            let kind = FileType::from_raw_mode(stat.stx_mode.into());
+            let is_whiteout = kind == FileType::CharacterDevice
+                && (stat.stx_rdev_major, stat.stx_rdev_minor) == (0, 0);
+            match is_whiteout {
+                true => self.set_owner(&entry, caller, 0, &directory),
+                false => Ok(()),
+            }
+        };
+        if let Err(error) = give() {
+            log::debug!("virtio-fs: a whiteout keeps its owner: {error}");
+        }
+    }
+
     /// Like [`opening_up`](Self::opening_up) for entries of directories: moves modes that deny access to the owner to the
     /// attribute; returns whether there were any.
     fn open_up_entries<F: AsFd>(&self, entries: [(&F, &CStr); 2]) -> bool {

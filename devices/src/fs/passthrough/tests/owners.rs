@@ -284,3 +284,30 @@ fn files_are_made_where_they_cannot_be_given_away() {
     };
     std::thread::spawn(work).join().unwrap();
 }
+
+#[test]
+fn a_whiteout_belongs_to_the_user_who_moved_the_file() {
+    let f = fixture(0, false);
+    let path = f.dir.path().join("file");
+    std::fs::write(&path, "").unwrap();
+    let (whiteout, user) = (4, Caller { uid: 7, gid: 8 });
+    f.files
+        .rename(f.root, c"file", f.root, c"moved", whiteout)
+        .unwrap();
+    f.files.give_whiteout(f.root, c"moved", whiteout, user);
+    f.files.give_whiteout(f.root, c"file", 0, user);
+    let owner = |name: &str| {
+        let found = std::fs::symlink_metadata(f.dir.path().join(name)).unwrap();
+        (found.uid(), found.gid())
+    };
+    let own = owner("moved");
+    assert_eq!(
+        owner("file"),
+        own,
+        "a move without a whiteout changes nothing"
+    );
+    f.files.give_whiteout(f.root, c"file", whiteout, user);
+    let wanted = if own.0 == 0 { (7, 8) } else { own };
+    assert_eq!((owner("file"), owner("moved")), (wanted, own));
+    assert_eq!(f.files.lookup(f.root, c"file").unwrap().attr.rdev, 0);
+}
