@@ -14,7 +14,7 @@ crate::trials![
     a_connection_keeps_its_mark,
     images_of_file_systems_are_mounted,
     links_of_container_networks_are_made,
-    userfaultfd_is_there,
+    features_that_programs_ask_for_are_there,
     the_full_kernel_is_taken_where_it_is_and_else_refused,
 ];
 
@@ -149,15 +149,23 @@ fn links_of_container_networks_are_made() -> Result<()> {
     Ok(())
 }
 
-/// A descriptor and its API handshake, as in QEMU, CRIU and garbage collectors.
-fn userfaultfd_is_there() -> Result<()> {
+/// userfaultfd's descriptor and its API handshake, as in QEMU, CRIU and garbage collectors; the counters that vmstat and
+/// monitors read (landley/toybox 422); a key for TCP's MD5 signatures, as BGP daemons set it.
+fn features_that_programs_ask_for_are_there() -> Result<()> {
     let root = debian()?;
     let script = r#"$fd = syscall(323, 1); $api = pack("Q3", 0xAA, 0, 0);
         die "no userfaultfd: $!" if $fd < 0;
         die "no handshake: $!" if syscall(16, $fd, 0xc018aa3f, $api) < 0;
-        print "its ioctls: ", (unpack("Q3", $api))[2] ? "some" : "none";"#;
+        print "its ioctls: ", (unpack("Q3", $api))[2] ? "some" : "none";
+        open $file, "<", "/proc/vmstat" or die "no counters: $!";
+        %counters = map { split } <$file>;
+        print "; faults: ", $counters{pgfault} > 0 ? "some" : "none", "; swapping: ", $counters{pswpin} // "unknown";
+        socket $tcp, 2, 1, 0 or die "no socket: $!";
+        $key = pack("S n a4 x120 C C S l a80", 2, 0, "\x7f\0\0\1", 0, 0, 6, 0, "secret");
+        print "; key: ", setsockopt($tcp, 6, 14, $key) ? "set" : $!;"#;
     let said = stdout(run_in(&root, &["--privileged"], &["perl", "-e", script])?)?;
-    ensure!(said == "its ioctls: some", "{said}");
+    let wanted = "its ioctls: some; faults: some; swapping: 0; key: set";
+    ensure!(said == wanted, "{said}");
     Ok(())
 }
 
