@@ -194,17 +194,15 @@ fn is_there(spec: &Spec, root: &Rootfs, path: &Path) -> bool {
 /// file with `replace`), or over one that is created, in the root or in the directory or tmpfs that is mounted there.
 fn place_for(spec: &Spec, root: &Rootfs, path: &Path, replace: bool) -> Option<PathBuf> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
-    if let Some(mount) = around(mounts, path) {
-        return can_be_within(mount, path, replace).then(|| path.to_owned());
+    let real = without_links(mounts, root, path)?;
+    if let Some(mount) = around(mounts, &real) {
+        return can_be_within(mount, &real, replace).then_some(real);
     }
-    if !can_be_mounted_over(root, path, replace) {
+    if !can_be_mounted_over(root, &real, replace) {
         return None;
     }
-    let real = root.resolve(path).ok()?;
-    match around(mounts, &real) {
-        Some(mount) if !can_be_within(mount, &real, replace) => None,
-        _ => Some(real),
-    }
+    // Links that lead out of the root end at its top, as in the container.
+    root.resolve(&real).ok()
 }
 
 /// Whether a file can be mounted at a path below a mount.
@@ -363,6 +361,7 @@ mod tests {
         fs::write(volume.path().join("hosts"), "").unwrap();
         fs::write(volume.path().join("full"), "own").unwrap();
         symlink("/run/x", volume.path().join("link")).unwrap();
+        symlink("full", volume.path().join("to-full")).unwrap();
         let (dir, root, spec) = with_mounts(serde_json::json!([
             {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
             {"destination": "/ro", "type": "tmpfs", "source": "tmpfs", "options": ["ro"]},
@@ -376,15 +375,16 @@ mod tests {
         for good in ["/run/hosts", "/vol/hosts", "/vol/made"] {
             assert_eq!(place(good), Some(good.into()));
         }
+        // As with a volume of the host's /etc, whose resolv.conf is a link of systemd-resolved.
+        assert_eq!(place("/vol/link"), Some("/run/x".into()));
+        let full = Path::new("/vol/to-full");
+        assert_eq!(place_for(&spec, &root, full, false), None);
+        assert_eq!(
+            place_for(&spec, &root, full, true),
+            Some("/vol/full".into())
+        );
         assert!(volume.path().join("made").is_file() && !dir.path().join("vol").exists());
-        for bad in [
-            "/ro/hosts",
-            "/vol/full",
-            "/vol/link",
-            "/vol",
-            "/run",
-            "/file",
-        ] {
+        for bad in ["/ro/hosts", "/vol/full", "/vol", "/run", "/file"] {
             assert_eq!(place(bad), None, "{bad}");
         }
     }

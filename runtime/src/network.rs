@@ -80,8 +80,9 @@ pub struct NetworkConfig {
     /// [`host_addresses`](crate::host_addresses). Default: none.
     pub blocked_destinations: Vec<IpNet>,
     /// For [`HostEnd::Join`]: whether processes in the network namespace on the host can connect to the guest by its IPv4
-    /// addresses. The source of their connections is a link-local address, to which the guest gets a route. Default: if the
-    /// interface is a tap.
+    /// addresses. The source of their connections is a link-local address, to which the guest gets a route; the guest can
+    /// connect to it, and so to programs in the namespace that listen on all addresses. Default: if the interface is a
+    /// tap (Ethernet).
     pub host_access: Option<bool>,
 }
 
@@ -159,7 +160,9 @@ impl NetworkConfig {
                 network.addresses.extend(found.addresses);
                 network.neighbours.extend(found.neighbours);
                 // At its other end is a program such as slirp4netns, whose ports podman publishes in the same way.
-                let host_access = self.host_access.unwrap_or(found.is_tap);
+                let host_access = self
+                    .host_access
+                    .unwrap_or(found.is_tap && found.mac.is_some());
                 network.host_access = Some(host_access);
                 if host_access {
                     network.routes.push(host_access::route());

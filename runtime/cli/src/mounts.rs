@@ -13,8 +13,8 @@ pub(super) struct MountArgs {
     /// propagate to the container)
     #[arg(long, short, value_name = "SRC:DST[:OPTIONS]", value_parser = parse_volume)]
     volume: Vec<Volume>,
-    /// Mount as --volume or --tmpfs do, in Docker's format: type=bind,source=SRC,target=DST[,readonly], or
-    /// type=tmpfs,target=DST[,tmpfs-size=BYTES][,tmpfs-mode=OCTAL]
+    /// Mount as --volume or --tmpfs do, in Docker's format: type=bind,source=SRC,target=DST[,readonly]
+    /// [,bind-propagation=rslave], or type=tmpfs,target=DST[,tmpfs-size=SIZE][,tmpfs-mode=OCTAL][,readonly]
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_mount)]
     mount: Vec<Mount>,
     /// Mount a private ext4 file system in a sparse file of the host, for example for the layers of Docker or podman.
@@ -57,7 +57,8 @@ impl MountArgs {
         });
         config.tmpfs = self.tmpfs.iter().chain(mounts).cloned().collect();
         config.block_volumes = self.block_volume.clone();
-        config.shm_size = self.shm_size;
+        // As with Docker, where 0 is the default.
+        config.shm_size = self.shm_size.filter(|bytes| *bytes > 0);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use super::container_log::LogWriter;
 use super::control::Execs;
 use super::detach;
 use super::mounts::{MountArgs, absolute};
-use super::names::NameArgs;
+use super::names::{NameArgs, warn_without_place};
 use super::net::NetArgs;
 use super::parse::{
     Security, parse_cache, parse_device, parse_disk, parse_pids, parse_security, parse_signal,
@@ -55,7 +55,7 @@ pub(super) struct RunArgs {
     /// separated by commas: ro; raw (skip the check for other image formats and compression)
     #[arg(long, value_name = "PATH[:OPTIONS]", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
-    /// Give the container a device of the guest: /dev/fuse, /dev/net/tun or /dev/kmsg. ACCESS is made of r, w and m
+    /// Give the container a device of the guest, such as /dev/fuse, /dev/net/tun or /dev/kmsg. ACCESS is made of r, w and m
     #[arg(long, value_name = "NODE[:PATH][:ACCESS]", value_parser = parse_device)]
     device: Vec<GuestDevice>,
     #[command(flatten)]
@@ -104,7 +104,8 @@ pub(super) struct RunArgs {
     /// Set the maximum number of processes and threads (default: no limit)
     #[arg(long, value_name = "N", value_parser = parse_pids, allow_hyphen_values = true)]
     pids_limit: Option<u32>,
-    /// Set a kernel parameter of the container's namespaces, such as net.core.somaxconn=1024
+    /// Set a kernel parameter of the container's namespaces, such as kernel.msgmax=65536; those of the
+    /// network (net.*) are set for the whole guest
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_sysctl)]
     sysctl: Vec<(String, String)>,
     /// Set a security option: seccomp=FILE (a profile in Docker's format), seccomp=unconfined, no-new-privileges[=BOOL]
@@ -264,6 +265,7 @@ impl RunArgs {
             ..ContainerConfig::default()
         };
         self.mounts.set(&mut config)?;
+        warn_without_place(&config);
         Ok(config)
     }
 }

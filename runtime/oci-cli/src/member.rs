@@ -161,7 +161,9 @@ pub(crate) fn create(
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
     let mut spec = read_spec(&create.source, &create.bundle, &id, create.preserved)?;
     // Mounted by its own process, whose mount namespace this is.
-    spec.take_overlays(&create.directory);
+    if !spec.take_overlays(&create.directory).is_empty() && !create.directory.is_absolute() {
+        bail!("mounts: an overlay is not possible beside a process of another version of Koya");
+    }
     tasks.create(CreateTask {
         id: id.clone(),
         bundle: create.bundle,

@@ -101,6 +101,7 @@ pub(crate) fn adapt(
     } = bundle;
     check_supported(&spec)?;
     mounts::plain_places(&mut spec);
+    own_root::make_relative(&mut spec, &directory, &rootfs);
     tmpfs::add_dev(&mut spec);
     let links = links::take(&mut spec, &directory)?;
     if let (Some(link), Root::Image) = (links.first(), root) {
@@ -153,6 +154,7 @@ pub(crate) fn adapt(
 pub(crate) fn mounts_on_host(bundle: &Bundle) -> Result<Vec<OnHost>, Error> {
     let mut spec = bundle.spec.clone();
     mounts::plain_places(&mut spec);
+    own_root::make_relative(&mut spec, &bundle.directory, &bundle.rootfs);
     tmpfs::add_dev(&mut spec);
     links::take(&mut spec, &bundle.directory)?;
     own_root::adapt(&mut spec, &bundle.directory, &bundle.rootfs)?;

@@ -12,24 +12,31 @@ const OPTIONS: &[&str] = &[
     "bind", "rbind", "ro", "rw", "private", "rprivate", "defaults",
 ];
 
-/// Makes destinations relative to the root, and marks sources that exist only in the guest. `directory` is that of the
-/// bundle.
+/// Makes destinations relative to the root. `directory` is that of the bundle.
+pub(super) fn make_relative(spec: &mut Spec, directory: &Path, rootfs: &Path) {
+    let mounts = spec.mounts_mut().iter_mut().flatten();
+    for mount in mounts.filter(|_| has_conventions(directory, rootfs)) {
+        if let Some(within) = within(mount.destination(), rootfs) {
+            mount.set_destination(within);
+        }
+    }
+}
+
+/// Whether paths follow the conventions of engines' bundles. Those given by a user are literal.
+fn has_conventions(directory: &Path, rootfs: &Path) -> bool {
+    !directory.as_os_str().is_empty() && rootfs != Path::new("/")
+}
+
+/// Marks sources that exist only in the guest, once destinations are relative to the root.
 ///
 /// # Errors
 /// The unsupported part of such a mount.
 pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: &Path) -> Result<(), Error> {
-    // Paths given by a user are literal; the bundles of engines follow conventions.
-    let is_literal = directory.as_os_str().is_empty();
     let Some(mut mounts) = spec.mounts().clone() else {
         return Ok(());
     };
-    if is_literal || rootfs == Path::new("/") {
+    if !has_conventions(directory, rootfs) {
         return Ok(());
-    }
-    for mount in &mut mounts {
-        if let Some(within) = within(mount.destination(), rootfs) {
-            mount.set_destination(within);
-        }
     }
     for index in 0..mounts.len() {
         let (earlier, later) = mounts.split_at_mut(index);

@@ -56,12 +56,16 @@ fn fill_in_for(spec: &mut oci::Spec, caller: impl FnOnce() -> Caller) {
     }
     let caller = caller();
     let (uid, gid) = user.map_or((0, 0), |user| (user.uid(), user.gid()));
-    let name = name_of(&caller.passwd, caller.uid);
+    // subuid(5) has users by name or number.
+    let names = [
+        name_of(&caller.passwd, caller.uid).map(str::to_owned),
+        Some(caller.uid.to_string()),
+    ];
     if no_users {
-        linux.set_uid_mappings(Some(mappings(uid, range_of(&caller.subuid, name))));
+        linux.set_uid_mappings(Some(mappings(uid, range_of(&caller.subuid, &names))));
     }
     if no_groups {
-        linux.set_gid_mappings(Some(mappings(gid, range_of(&caller.subgid, name))));
+        linux.set_gid_mappings(Some(mappings(gid, range_of(&caller.subgid, &names))));
     }
 }
 
@@ -74,15 +78,19 @@ fn name_of(passwd: &str, uid: u32) -> Option<&str> {
     })
 }
 
-/// The first ID and the size of the first range of a user (subuid(5)).
-fn range_of(ranges: &str, name: Option<&str>) -> Option<(u32, u32)> {
-    let name = name?;
+/// The first ID and the size of the first range of a user (subuid(5)). One that contains the ID of the caller's own files
+/// can't be used beside it.
+fn range_of(ranges: &str, names: &[Option<String>]) -> Option<(u32, u32)> {
     ranges.lines().find_map(|line| {
         let mut fields = line.split(':');
-        let numbers = (fields.next()? == name).then(|| (fields.next(), fields.next()));
+        let numbers = {
+            let name = fields.next()?;
+            let is_own = names.iter().flatten().any(|own| own == name);
+            is_own.then(|| (fields.next(), fields.next()))
+        };
         let (from, count) = numbers?;
         let (from, count): (u32, u32) = (from?.trim().parse().ok()?, count?.trim().parse().ok()?);
-        (count > 0 && from.checked_add(count).is_some()).then_some((from, count))
+        (from > OWN && count > 0 && from.checked_add(count).is_some()).then_some((from, count))
     })
 }
 
@@ -148,6 +156,8 @@ mod tests {
             ("bob:1:5\n", vec![(10, 0, 1)]),
             ("ana:x:5\nana:100000\n", vec![(10, 0, 1)]),
             ("ana:4294967295:5\n", vec![(10, 0, 1)]),
+            ("ana:0:65536\n", vec![(10, 0, 1)]),
+            ("1000:100000:4\n", vec![(0, 100_000, 4), (10, 0, 1)]),
             ("ana:100000:4\n", vec![(0, 100_000, 4), (10, 0, 1)]),
             (
                 "root:1:9\nana:100000:65536\nana:1:1\n",

@@ -256,6 +256,8 @@ impl Passthrough {
         }
         let give = || {
             let directory = self.writable(parent)?;
+            // The guest's own change: its watches must not report it as one of the host.
+            let _change = self.change_at(parent, name, kind::ATTRIB);
             let caller = self.owner_in(&directory, caller)?;
             let entry = inodes::open_entry(self.inodes.fd(&directory)?, name)?;
             let stat = inodes::stat(&entry)?;

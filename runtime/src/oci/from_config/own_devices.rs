@@ -21,13 +21,25 @@ pub(super) fn of(config: &ContainerConfig) -> Result<(Vec<Value>, Vec<Value>), E
         }
         let path = koya_rootfs::plain(Path::new(absolute("device", &device.path)?));
         let path = text("device", &path)?;
+        if path == "/" || path == "/dev" || nodes.iter().any(|node: &Value| node["path"] == path) {
+            let reason = format!("{path} is taken");
+            return Err(Error::invalid("device", reason));
+        }
         nodes.push(json!({
             "path": path, "type": "c", "major": major, "minor": minor,
-            "fileMode": 0o666, "uid": 0, "gid": 0,
+            "fileMode": mode_of(&device.node), "uid": 0, "gid": 0,
         }));
         rules.push(json!({
             "allow": true, "type": "c", "major": major, "minor": minor, "access": access,
         }));
     }
     Ok((nodes, rules))
+}
+
+/// Access by the users of the container. The kernel's log is root's to write.
+fn mode_of(node: &Path) -> u32 {
+    match node == Path::new("/dev/kmsg") {
+        true => 0o644,
+        false => 0o666,
+    }
 }

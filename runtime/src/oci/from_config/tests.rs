@@ -318,6 +318,9 @@ fn a_device_that_no_guest_has_is_refused_with_those_it_has() {
         ..GuestDevice::new("/dev/fuse")
     };
     assert!(refused(relative).contains("absolute"));
+    let twice = vec![GuestDevice::new("/dev/fuse"); 2];
+    let twice = bundle_of(|config| config.guest_devices = twice).unwrap_err();
+    assert!(twice.to_string().contains("/dev/fuse is taken"), "{twice}");
 }
 
 #[test]

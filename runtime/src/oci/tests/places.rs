@@ -60,3 +60,20 @@ fn a_file_system_without_a_source_is_named_by_its_type() {
         .collect();
     assert_eq!(sources, ["proc", "tmpfs", "run", "dev"].map(PathBuf::from));
 }
+
+/// As with runc, a destination may begin with the path of the root.
+#[test]
+fn a_dev_at_its_path_on_the_host_is_the_containers() {
+    let (dir, mut bundle) = bundle(|spec| spec["mounts"] = json!([]));
+    let at = dir.path().join("rootfs/dev");
+    let mount = json!([{"destination": at, "type": "tmpfs", "source": "own"}]);
+    let mount: Vec<oci_spec::runtime::Mount> = serde_json::from_value(mount).unwrap();
+    bundle.spec.set_mounts(Some(mount));
+    let adapted = adapt_it("c", bundle).unwrap();
+    let mounts = adapted.spec.mounts().iter().flatten();
+    let all: Vec<_> = mounts
+        .map(|mount| (mount.destination(), mount.source()))
+        .collect();
+    let own = Some(std::path::PathBuf::from("own"));
+    assert_eq!(all, [(&"/dev".into(), &own)]);
+}
