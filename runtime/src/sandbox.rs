@@ -579,6 +579,11 @@ fn wait_for_agent(
         if vm.handle().ended().is_some() {
             return Err(Error::ended(vm.wait(), console));
         }
+        // The guest continues without the device, and its agent may never connect.
+        if let Some(failure) = vm.handle().boot_events().device_failure() {
+            let start = Error::host(format!("start the guest's {} device", failure.device));
+            return Err(start(io::Error::other(failure.reason.clone())));
+        }
         if started.elapsed() > AGENT_LIMIT {
             return Err(Error::AgentTimeout {
                 waited: started.elapsed(),

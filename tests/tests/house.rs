@@ -463,6 +463,7 @@ const OF_KOYA_VMM: &[&str] = &[
     "BootEvent",
     "BootEvents",
     "ConfigError",
+    "DeviceFailure",
     "DiskConfig",
     "ExitReason",
     "Exits",

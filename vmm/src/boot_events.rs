@@ -4,8 +4,8 @@
 //! often as it likes, so only the first events are kept.
 
 use koya_host::sync::lock;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
 /// Maximum number of events: the builder's, and the first activation of each device.
@@ -31,12 +31,22 @@ pub struct Exits {
     pub mmio: u64,
 }
 
+/// A device that the host could not start when the guest's driver asked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFailure {
+    /// Name of the kind of device: `virtio-fs`, ...
+    pub device: &'static str,
+    /// The operation and the error from the host.
+    pub reason: String,
+}
+
 /// The first events of a machine, and its exit counts.
 #[derive(Debug, Default)]
 pub struct BootEvents {
     events: Mutex<Vec<BootEvent>>,
     port_exits: AtomicU64,
     mmio_exits: AtomicU64,
+    failure: OnceLock<DeviceFailure>,
 }
 
 impl BootEvents {
@@ -53,6 +63,11 @@ impl BootEvents {
         }
     }
 
+    /// The first device that the host could not start. The guest continues without it.
+    pub fn device_failure(&self) -> Option<&DeviceFailure> {
+        self.failure.get()
+    }
+
     /// Records that a step of the builder is complete.
     pub(crate) fn built(&self, name: &'static str) {
         self.note(name, false);
@@ -61,6 +76,13 @@ impl BootEvents {
     /// Records an action of the guest.
     pub(crate) fn guest(&self, name: &'static str) {
         self.note(name, true);
+    }
+
+    pub(crate) fn device_failed(&self, device: &'static str, reason: &str) {
+        self.failure.get_or_init(|| DeviceFailure {
+            device,
+            reason: reason.to_owned(),
+        });
     }
 
     pub(crate) fn port_exit(&self) {

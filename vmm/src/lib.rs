@@ -108,7 +108,7 @@ pub mod devices {
 }
 
 pub use arch::ArchError;
-pub use boot_events::{BootEvent, BootEvents, Exits};
+pub use boot_events::{BootEvent, BootEvents, DeviceFailure, Exits};
 pub use builder::{StartError, VmBuilder};
 pub use bus::Overlap;
 pub use config::{

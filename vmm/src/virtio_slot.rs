@@ -54,6 +54,9 @@ impl BusDevice for VirtioSlot {
             transport.write(offset, data);
             if transport.is_active() && !was_active {
                 self.boot_events.guest(transport.kind().name());
+            } else if let Some(reason) = transport.host_failure() {
+                self.boot_events
+                    .device_failed(transport.kind().name(), reason);
             }
         }
         Effect::None

@@ -11,6 +11,7 @@ use koya_vmm::devices::virtio::{
 use koya_vmm::host::threads::{current_role, spawn};
 use koya_vmm::{ExitReason, Spec, Vm};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 #[test]
 fn the_example_greets_its_guest() {
@@ -90,4 +91,45 @@ fn a_machine_that_ends_while_a_device_starts_is_taken_down_after_it() {
     let said: Vec<_> = hears.iter().collect();
     assert!(said[0].starts_with("started Ok(true)"), "{said:?}");
     assert!(said[1].starts_with("reset by"), "{said:?}");
+}
+
+/// Never active: the host has nothing left.
+struct Refused;
+
+impl VirtioDevice for Refused {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind(0x1001)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[8]
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<Worker, ActivateError> {
+        Err(ActivateError::Host {
+            operation: "open a file",
+            source: std::io::Error::other("none is left"),
+        })
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn reset(&mut self, _worker: Option<EventWorker>) {}
+}
+
+#[test]
+fn a_device_that_the_host_cannot_start_is_known_to_the_owner() {
+    let vm = Vm::builder(Spec::flat(GUEST)).device(Refused);
+    let vm = vm.start().expect("a tiny guest");
+    let handle = vm.handle();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let failure = loop {
+        if let Some(failure) = handle.boot_events().device_failure() {
+            break failure;
+        }
+        assert!(Instant::now() < deadline, "no failure was recorded");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(failure.reason, "cannot open a file: none is left");
+    assert_eq!(vm.stop(), ExitReason::Stopped);
 }

@@ -152,6 +152,8 @@ pub struct MmioTransport {
     driver_features: u64,
     worker: Option<u64>,
     active: bool,
+    /// The host's error that kept the device from being activated the last time.
+    failure: Option<String>,
     activations: RateLimiter,
     /// Ring positions of each queue that the device was given.
     positions: Vec<Option<Arc<RingPosition>>>,
@@ -208,6 +210,7 @@ impl MmioTransport {
             driver_features: 0,
             worker: None,
             active: false,
+            failure: None,
             activations: RateLimiter::of_operations(ACTIVATIONS),
             positions: Vec::new(),
         };
@@ -224,6 +227,12 @@ impl MmioTransport {
     /// Whether its driver has set DRIVER_OK and the device has been activated.
     pub fn is_active(&self) -> bool {
         self.active
+    }
+
+    /// The host's error if it could not activate the device when its driver last set DRIVER_OK. Faults of the driver
+    /// are not recorded.
+    pub fn host_failure(&self) -> Option<&str> {
+        self.failure.as_deref()
     }
 
     /// The eventfd that raises the device's interrupt, for an irqfd.
@@ -459,9 +468,13 @@ impl MmioTransport {
         while let Some(wait) = self.activations.start(Instant::now()) {
             std::thread::sleep(wait);
         }
+        self.failure = None;
         if let Err(error) = self.try_activate() {
             match error.source() {
-                Some(source) => guest_fault!("cannot start a {}: {error}: {source}", self.kind),
+                Some(source) => {
+                    guest_fault!("cannot start a {}: {error}: {source}", self.kind);
+                    self.failure = Some(format!("{error}: {source}"));
+                }
                 None => guest_fault!("cannot start a {}: {error}", self.kind),
             }
             self.line.needs_reset();
