@@ -1,7 +1,8 @@
 //! Log of a detached container: its standard output and error, with a size limit.
 //!
-//! When `log` is full, it replaces `log.old`.
+//! When `log` is full, it replaces `log.old`. Records are written whole, and those that are written at once go to one file.
 
+use super::log_records::{Moment, Stream, append};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -76,19 +77,22 @@ const MAX_LINE: usize = 16 << 10;
 /// A stream of a container that is written to the log, such that lines of several streams are not mixed.
 pub(super) struct Lines {
     log: LogWriter,
+    stream: Stream,
     /// An incomplete line.
     rest: Vec<u8>,
 }
 
 impl Lines {
-    pub(super) fn new(log: LogWriter) -> Self {
+    pub(super) fn new(log: LogWriter, stream: Stream) -> Self {
         let rest = Vec::new();
-        Self { log, rest }
+        Self { log, stream, rest }
     }
 
     fn log_rest(&mut self) {
         if !self.rest.is_empty() {
-            self.log.write_all(&self.rest).ok();
+            let mut records = Vec::with_capacity(self.rest.len() + 64);
+            append(&mut records, &Moment::now(), self.stream, &self.rest);
+            self.log.write_all(&records).ok();
             self.rest.clear();
         }
     }
@@ -172,21 +176,27 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let log = LogWriter::create(&path).unwrap();
-        let (mut out, mut err) = (Lines::new(log.clone()), Lines::new(log));
-        let read = || std::fs::read_to_string(&path).unwrap();
+        let mut out = Lines::new(log.clone(), Stream::Stdout);
+        let mut err = Lines::new(log, Stream::Stderr);
+        // Without their times.
+        let read = || {
+            let log = std::fs::read_to_string(&path).unwrap();
+            let records = log.lines().map(|record| record.split_once(' ').unwrap().1);
+            records.map(str::to_owned).collect::<Vec<_>>()
+        };
         out.write_all(b"one\ntw").unwrap();
         err.write_all(b"error").unwrap();
         out.write_all(b"o\nthree").unwrap();
         err.write_all(b"s\n").unwrap();
-        assert_eq!(read(), "one\ntwo\nerrors\n");
+        assert_eq!(read(), ["stdout F one", "stdout F two", "stderr F errors"]);
         // Output without line breaks is read, too, as is a prompt while its process waits for input.
         err.write_all(&[b'.'; MAX_LINE + 1]).unwrap();
         out.flush().unwrap();
-        assert_eq!(read().len(), "one\ntwo\nerrors\nthree".len() + MAX_LINE + 1);
-        assert!(read().ends_with(".three"));
+        assert_eq!(read()[3].len(), "stderr P ".len() + MAX_LINE + 1);
+        assert_eq!(read()[4], "stdout P three");
         out.write_all(b", four").unwrap();
         drop(out);
-        assert!(read().ends_with(".three, four"));
+        assert_eq!(read()[5], "stdout P , four");
     }
 
     #[test]

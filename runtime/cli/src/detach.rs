@@ -2,6 +2,7 @@
 
 use super::attach::UserStreams;
 use super::container_log::{Lines, LogWriter};
+use super::log_records::Stream;
 use super::output::{complain, say};
 use super::state::Owned;
 use super::{FAILED, Outcome};
@@ -72,7 +73,7 @@ pub(super) fn streams(owned: &Owned) -> Result<UserStreams> {
     let log = LogWriter::create(&owned.directory.log())?;
     Ok(UserStreams {
         stdin: None,
-        stdout: Box::new(Lines::new(log.clone())),
-        stderr: Box::new(Lines::new(log)),
+        stdout: Box::new(Lines::new(log.clone(), Stream::Stdout)),
+        stderr: Box::new(Lines::new(log, Stream::Stderr)),
     })
 }

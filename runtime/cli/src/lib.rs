@@ -16,6 +16,7 @@ mod disk;
 mod environment;
 mod link_local;
 mod list;
+mod log_records;
 mod mounts;
 mod names;
 mod net;

@@ -1,14 +1,16 @@
 //! Commands that only read stored state.
 
 use super::container_log::LogReader;
+use super::log_records::{Moment, Printer, Selection};
 use super::output::{self, Output, complain, say};
 use super::state::Directory;
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::vmm::guest_text;
+use koya_tasks::BlockingStream;
 use serde_json::json;
-use std::io::Write;
+use std::io::{self, Write};
 use std::time::{Duration, SystemTime};
 
 /// Time limit for a sandbox to end after SIGKILL: its memory is being freed.
@@ -45,6 +47,15 @@ pub(super) struct LogsArgs {
     /// Begin with the last LINES lines (default: all)
     #[arg(long, short = 'n', value_name = "LINES", value_parser = parse_tail)]
     tail: Option<usize>,
+    /// Omit what was written before TIME: 2026-01-02T15:04:05Z, seconds since 1970, or an age such as 1h30m
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse)]
+    since: Option<Moment>,
+    /// Omit what was written after TIME
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse)]
+    until: Option<Moment>,
+    /// Begin each line with the time at which it was written
+    #[arg(long, short)]
+    timestamps: bool,
     /// The container
     name: String,
 }
@@ -149,18 +160,25 @@ pub(super) fn logs(args: &LogsArgs) -> Outcome {
         );
     }
     let mut log = LogReader::new(&directory.log());
+    let selection = Selection {
+        since: args.since.clone(),
+        until: args.until.clone(),
+        timestamps: args.timestamps,
+    };
+    let mut printer = Printer::new(selection, Output, BlockingStream(io::stderr()));
     if let Some(lines) = args.tail {
         // The size of a log is limited.
         let mut all = Vec::new();
         log.copy_new(&mut all)?;
-        Output.write_all(last_lines(&all, lines))?;
+        printer.write_all(&all[printer.tail(&all, lines)..])?;
     }
     loop {
         // Checked before the last read, so that nothing written before the end is missed.
+        let over = args.until.as_ref().is_some_and(|end| *end < Moment::now());
         let running = directory.is_running();
-        log.copy_new(&mut Output)?;
-        Output.flush()?;
-        if !args.follow || !running {
+        log.copy_new(&mut printer)?;
+        printer.flush()?;
+        if !args.follow || !running || over {
             return Ok(0);
         }
         output::wait(LOG_LOOK_MS)?;
@@ -203,18 +221,6 @@ fn parse_tail(text: &str) -> Result<usize, String> {
             .parse()
             .map_err(|_| format!("{text:?} is not a number of lines, or \"all\"")),
     }
-}
-
-/// The last lines of a text; its end is one, too, without a line break.
-fn last_lines(text: &[u8], lines: usize) -> &[u8] {
-    let Some(before) = lines.checked_sub(1) else {
-        return &[];
-    };
-    let body = text.strip_suffix(b"\n").unwrap_or(text);
-    let breaks = body.iter().enumerate().rev();
-    let mut breaks = breaks.filter(|(_, byte)| **byte == b'\n');
-    let start = breaks.nth(before).map_or(0, |(at, _)| at + 1);
-    &text[start..]
 }
 
 pub(super) fn rm(args: &RmArgs) -> Outcome {
@@ -262,22 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_lines_of_a_log_are_counted_from_its_end() {
-        let last = |text: &str, lines| {
-            String::from_utf8(last_lines(text.as_bytes(), lines).to_vec()).unwrap()
-        };
-        let cases = [
-            ("a\nb\nc\n", 2, "b\nc\n"),
-            ("a\nb\nc", 2, "b\nc"),
-            ("a\n\n\n", 2, "\n\n"),
-            ("a\nb\n", 5, "a\nb\n"),
-            ("a\nb\n", usize::MAX, "a\nb\n"),
-            ("a\nb\n", 0, ""),
-            ("", 3, ""),
-        ];
-        for (text, lines, expected) in cases {
-            assert_eq!(last(text, lines), expected, "{text:?} {lines}");
-        }
+    fn a_number_of_lines_may_be_all() {
         assert_eq!(parse_tail("all"), Ok(usize::MAX));
         assert_eq!(parse_tail("10"), Ok(10));
         assert!(parse_tail("-1").is_err() && parse_tail("").is_err());

@@ -1,9 +1,10 @@
 //! `koya run`
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
-use super::container_log::LogWriter;
+use super::container_log::{Lines, LogWriter};
 use super::control::Execs;
 use super::detach;
+use super::log_records::Stream;
 use super::mounts::{MountArgs, absolute};
 use super::names::{NameArgs, warn_without_place};
 use super::net::NetArgs;
@@ -353,8 +354,8 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     }
     if let Err(error) = &outcome {
         // There is no terminal to print errors to.
-        let mut log = LogWriter::create(&owned.directory.log())?;
-        writeln!(log, "koya: {error:#}")?;
+        let log = LogWriter::create(&owned.directory.log())?;
+        writeln!(Lines::new(log, Stream::Stderr), "koya: {error:#}")?;
     }
     record.status = Some(outcome.as_ref().map_or(FAILED, |status| *status).into());
     owned.directory.write(&record)?;

@@ -196,7 +196,8 @@ fn nothing_is_left_after_a_kill() -> Result<()> {
 
 fn a_detached_container_is_listed_logged_stopped_removed() -> Result<()> {
     let name = "life-detached";
-    let script = "trap 'echo bye; exit 4' TERM; echo hello; while :; do sleep 0.1; done";
+    let script =
+        "trap 'echo bye; echo gone >&2; exit 4' TERM; echo hello; while :; do sleep 0.1; done";
     let container = Background::start(name, &[], &["sh", "-c", script])?;
     let listed = stdout(koya(["ps"]).output()?)?;
     ensure!(
@@ -214,7 +215,14 @@ fn a_detached_container_is_listed_logged_stopped_removed() -> Result<()> {
     let listed = stdout(koya(["ps", "--all"]).output()?)?;
     let line = listed.lines().find(|l| l.starts_with(name));
     ensure!(line.context("listed")?.contains("exited (4)"), "{listed}");
-    ensure!(stdout(koya(["logs", name]).output()?)? == "hello\nbye");
+    let logs = koya(["logs", name]).output()?;
+    ensure!(logs.stderr == b"gone\n", "{logs:?}");
+    ensure!(stdout(logs)? == "hello\nbye");
+    let last = koya(["logs", "--timestamps", "--tail", "1", name]).output()?;
+    let (time, line) = (&last.stderr[..20], &last.stderr[31..]);
+    ensure!(time.starts_with(b"20") && line == b"gone\n", "{last:?}");
+    let older = stdout(koya(["logs", "--until", "1h", name]).output()?)?;
+    ensure!(older.is_empty(), "{older}");
     stdout(koya(["rm", name]).output()?)?;
     ensure!(!stdout(koya(["ps", "--all"]).output()?)?.contains(name));
     drop(container);
@@ -229,7 +237,7 @@ fn a_detached_container_whose_machine_dies_says_so() -> Result<()> {
         let listed = stdout(koya(["ps", "--all"]).output()?)?;
         Ok(listed.contains("exited (125)").then_some(()))
     })?;
-    let log = stdout(koya(["logs", name]).output()?)?;
+    let log = container.said()?;
     ensure!(
         log.starts_with("up\n") && log.contains("kernel panic"),
         "{log}"

@@ -234,9 +234,17 @@ impl Background {
         Ok(Self { name: name.into() })
     }
 
-    /// The output so far.
+    /// The output so far: standard output, then standard error.
     pub(crate) fn said(&self) -> Result<String> {
-        stdout(koya(["logs", &self.name]).output()?)
+        let logs = koya(["logs", &self.name]).output()?;
+        let err = String::from_utf8_lossy(&logs.stderr).into_owned();
+        let out = stdout(logs)?;
+        let end = if out.is_empty() || err.is_empty() {
+            ""
+        } else {
+            "\n"
+        };
+        Ok(format!("{out}{end}{}", err.trim_end()))
     }
 
     /// Waits until `look` accepts the output.
