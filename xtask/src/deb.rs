@@ -2,8 +2,9 @@
 
 use crate::arch::{Arch, ArchArgs};
 use crate::{cache, deb_try, install, proc, setup};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::fs;
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -28,6 +29,9 @@ pub(crate) struct DebArgs {
     #[arg(long = "try", conflicts_with = "arch")]
     is_tried: bool,
 }
+
+/// The list of changes, at its place in other installations, and that of Debian's policy (section 12.7) below `usr`.
+const CHANGELOG: (&str, &str) = ("share/doc/koya/CHANGELOG.md", "share/doc/koya/changelog.gz");
 
 /// `cargo xtask deb`
 pub(crate) fn run(args: &DebArgs) -> Result<()> {
@@ -60,11 +64,16 @@ fn make(arch: Arch, full: bool) -> Result<PathBuf> {
         if file.at.ends_with("/vmlinux-full") && !full {
             continue;
         }
-        let content = file.content()?;
+        let mut content = file.content()?;
+        let mut at = file.at.as_str();
+        if at == CHANGELOG.0 {
+            at = CHANGELOG.1;
+            content = compress(&content)?;
+        }
         if file.at == PODMAN.0 {
             install::write(&tree, PODMAN.1, &content, file.mode)?;
         }
-        install::write(&usr, &file.at, &content, file.mode)?;
+        install::write(&usr, at, &content, file.mode)?;
         if file.at.starts_with("bin/") {
             proc::run(arch.tool("strip").arg(usr.join(&file.at)))?;
         }
@@ -91,6 +100,18 @@ fn make(arch: Arch, full: bool) -> Result<PathBuf> {
         .arg(&package);
     proc::run(&mut cargo)?;
     Ok(package)
+}
+
+/// Compresses a file as Debian's packages do: with nothing in it that depends on the time or the machine.
+fn compress(content: &[u8]) -> Result<Vec<u8>> {
+    let mut input = tempfile::tempfile()?;
+    input.write_all(content)?;
+    input.rewind()?;
+    let mut gzip = Command::new("gzip");
+    let output = gzip.args(["-9", "--no-name"]).stdin(input).output();
+    let output = output.context("cannot run gzip")?;
+    ensure!(output.status.success(), "gzip failed ({})", output.status);
+    Ok(output.stdout)
 }
 
 /// CHANGELOG.md in Debian's format; before a release it has no entry for the version.
