@@ -27,6 +27,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const PORT: u16 = 53;
+/// What has failed, in errors.
+pub(crate) const OPERATION: &str = "forward DNS queries of the guest";
 /// Time limit for the name server, and for a guest to take its replies.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Maximum number of pending queries. Further ones are dropped, and retried by the resolver.
@@ -46,9 +48,9 @@ impl DnsForwarder {
     ///
     /// # Errors
     /// If the guest can't listen there.
-    pub fn lend(sandbox: &Sandbox, address: IpAddr) -> Result<Self, Error> {
+    pub fn start(sandbox: &Sandbox, address: IpAddr) -> Result<Self, Error> {
         let (stream, agent) = sandbox.name_server(address)?;
-        let lent = || -> io::Result<Self> {
+        let started = || -> io::Result<Self> {
             let others = others()?;
             let until = stream.try_clone()?;
             threads::spawn("koya-names", move || {
@@ -67,7 +69,7 @@ impl DnsForwarder {
             })?;
             Ok(Self { stream })
         };
-        lent().map_err(Error::host("lend the guest a name server"))
+        started().map_err(Error::host(OPERATION))
     }
 }
 
@@ -328,5 +330,24 @@ mod tests {
         assert_eq!(answers[1].1.len(), 40000);
         drop(guest);
         assert!(served.join().unwrap().is_err(), "it ends with its stream");
+    }
+
+    #[test]
+    fn a_namespace_receives_queries_to_other_name_servers() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        // A thread, for a network namespace that ends with it.
+        let received = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            crate::network::set_loopback_up().unwrap();
+            let others = others().unwrap();
+            let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            client.send_to(b"question", ("192.0.2.1", PORT)).unwrap();
+            let mut polled = [PollFd::new(&others, PollFlags::IN)];
+            poll(&mut polled, Some(&LIMIT.try_into().unwrap())).unwrap();
+            receive(&others).expect("a query").server
+        });
+        assert_eq!(received.join().unwrap(), Ipv4Addr::new(192, 0, 2, 1));
     }
 }

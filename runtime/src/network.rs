@@ -19,7 +19,7 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
-use rtnetlink::packet_route::route::{RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::packet_route::tc::TcMessage;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::fs::File;
@@ -313,10 +313,24 @@ pub(crate) fn own_all_addresses() -> io::Result<()> {
                 .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
                 .kind(RouteType::Local)
                 .table_id(LOCAL_TABLE)
+                // The kernel accepts no wider scope for local addresses.
+                .scope(RouteScope::Host)
                 .output_interface(loopback)
                 .build();
             let added = handle.route().add(all).replace().execute().await;
             added.map_err(other)
+        })
+    })
+}
+
+/// Sets the loopback interface of the calling thread's network namespace up, as the owners of namespaces do.
+#[cfg(test)]
+pub(crate) fn set_loopback_up() -> io::Result<()> {
+    with_kernel(|handle| {
+        Box::pin(async move {
+            let loopback = link(&handle, "lo").await?.header.index;
+            let up = LinkUnspec::new_with_index(loopback).up().build();
+            handle.link().set(up).execute().await.map_err(other)
         })
     })
 }

@@ -400,7 +400,7 @@ impl Sandbox {
         let asked = self.inner.agent.serve_names(address, &expected.token);
         asked.map_err(|error| self.inner.explain(error))?;
         let stream = expected.take();
-        let stream = stream.map_err(Error::host("lend the guest a name server"))?;
+        let stream = stream.map_err(Error::host(crate::dns::OPERATION))?;
         Ok((stream, self.inner.agent.clone()))
     }
 

@@ -34,7 +34,7 @@ impl Agent {
             token: token.into(),
             ..Default::default()
         };
-        let operation = "lend the guest a name server";
+        let operation = crate::dns::OPERATION;
         self.ask(operation, LIMIT, |client, limit| {
             client.serve_names(limit, &request)
         })

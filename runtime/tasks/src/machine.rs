@@ -288,7 +288,7 @@ pub(crate) fn boot_sandbox(
         false => None,
     };
     let names = options.name_server;
-    let names = names.map(|address| DnsForwarder::lend(&sandbox, address));
+    let names = names.map(|address| DnsForwarder::start(&sandbox, address));
     Ok(Arc::new(SandboxMachine {
         _names: names.transpose()?,
         sandbox,
