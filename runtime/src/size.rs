@@ -11,6 +11,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// Time limit for progress towards the requested memory. On a loaded host, the guest kernel takes seconds to initialize a
 /// memory block.
 const STEP_LIMIT: Duration = Duration::from_secs(8);
+/// Maximum number of times at which the guest has come nearer to a size, and has that time again.
+const MAX_STEPS: u64 = 32;
 /// Polling interval.
 const LOOK: Duration = Duration::from_millis(10);
 /// Interval between repeated requests to turn a CPU off.
@@ -280,6 +282,31 @@ impl Change {
     }
 }
 
+/// The guest's approach to a size. The numbers are the guest's: only a certain part of the distance counts as progress, so
+/// that it cannot prolong a wait by more than so many steps.
+struct Approach {
+    step: u64,
+    least: u64,
+}
+
+impl Approach {
+    fn new(distance: u64) -> Self {
+        Self {
+            step: (distance / MAX_STEPS).max(1),
+            least: distance,
+        }
+    }
+
+    /// Whether this distance is progress.
+    fn is_nearer(&mut self, distance: u64) -> bool {
+        let is_nearer = distance.saturating_add(self.step) <= self.least;
+        if is_nearer {
+            self.least = distance;
+        }
+        is_nearer
+    }
+}
+
 /// Waits while the guest approaches the requested size.
 fn settle(machine: &VmHandle) {
     let look = || {
@@ -291,13 +318,13 @@ fn settle(machine: &VmHandle) {
         let pairs = look().into_iter().flatten();
         pairs.map(|(is, requested)| is.abs_diff(requested)).sum()
     };
-    // Only a new minimum counts as progress: a guest must not be able to prolong the wait by its reports.
-    let (mut least, mut nearer) = (distance(), Instant::now());
-    while least > 0 && nearer.elapsed() < STEP_LIMIT && machine.ended().is_none() {
+    let (mut now, mut nearer) = (distance(), Instant::now());
+    let mut approach = Approach::new(now);
+    while now > 0 && nearer.elapsed() < STEP_LIMIT && machine.ended().is_none() {
         std::thread::sleep(LOOK);
-        let now = distance();
-        if now < least {
-            (least, nearer) = (now, Instant::now());
+        now = distance();
+        if approach.is_nearer(now) {
+            nearer = Instant::now();
         }
     }
 }
@@ -305,6 +332,22 @@ fn settle(machine: &VmHandle) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_cannot_prolong_a_wait_by_small_steps() {
+        // As a guest reports that has given up 16 TiB, and then a page less each time.
+        let start = (u64::from(u32::MAX) << 12) + 1;
+        let mut approach = Approach::new(start);
+        let pages = (0..1_000_000).map(|page| start - (page << 12));
+        assert_eq!(pages.filter(|now| approach.is_nearer(*now)).count(), 0);
+        let mut approach = Approach::new(start);
+        let back_and_forth = (0..1000).flat_map(|n| [start / 1000 * (1000 - n), start]);
+        let count = back_and_forth.filter(|now| approach.is_nearer(*now));
+        assert!(count.count() <= MAX_STEPS as usize);
+        // A small change is complete in one step.
+        let mut approach = Approach::new(3);
+        assert!(approach.is_nearer(2) && !approach.is_nearer(2) && approach.is_nearer(0));
+    }
 
     #[test]
     fn the_guests_total_is_as_measured() {

@@ -82,6 +82,8 @@ struct Attached {
     /// Slots whose disk was removed before the guest released it. Its driver may still use the slot, so it is
     /// not used again.
     retired: BTreeSet<usize>,
+    /// Slots whose disk completes its last requests.
+    leaving: BTreeSet<usize>,
     /// The machine is being torn down: no more disks are attached.
     ended: bool,
 }
@@ -126,10 +128,17 @@ impl HotplugSlots {
         if attached.ended {
             return Err(AttachError::Ended);
         }
-        let Attached { disks, retired, .. } = &mut *attached;
+        let Attached {
+            disks,
+            retired,
+            leaving,
+            ..
+        } = &mut *attached;
         let mut free = self.slots.iter().enumerate();
         let (slot, place) = free
-            .find(|(slot, _)| !disks.contains_key(slot) && !retired.contains(slot))
+            .find(|(slot, _)| {
+                !disks.contains_key(slot) && !retired.contains(slot) && !leaving.contains(slot)
+            })
             .ok_or(AttachError::NoSlot(self.slots.len()))?;
         let device = make_disk(spec)?;
         let disk = device.handle();
@@ -157,17 +166,23 @@ impl HotplugSlots {
     /// Removes the disk from a slot. If the guest has released it, the slot can be used again.
     pub(crate) fn detach(&self, slot: usize, is_released: bool) -> Result<(), AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
-        let attached = &mut *lock(&self.disks);
         let place = self.slots.get(slot).ok_or(AttachError::NoDisk(slot))?;
-        let disk = attached.disks.remove(&slot);
-        disk.ok_or(AttachError::NoDisk(slot))?;
-        if !is_released {
-            attached.retired.insert(slot);
+        {
+            let attached = &mut *lock(&self.disks);
+            let disk = attached.disks.remove(&slot);
+            disk.ok_or(AttachError::NoDisk(slot))?;
+            if !is_released {
+                attached.retired.insert(slot);
+            }
+            attached.leaving.insert(slot);
         }
+        // Without the lock: requests in flight are waited for, as long as the host's storage takes, and what ends a machine
+        // looks at its disks.
         if let Some(mut transport) = place.device.take() {
             disconnect_kicks(&machine, &transport, place.place);
             transport.shutdown();
         }
+        lock(&self.disks).leaving.remove(&slot);
         Ok(())
     }
 }

@@ -79,10 +79,7 @@ fn serve_tasks(
     let (end, ended) = channel();
     let events = Arc::new(Events::start(&flags.namespace)?);
     let tasks = TaskSet::new(config, events.clone());
-    let service = Service {
-        tasks: tasks.clone(),
-        end: end.clone(),
-    };
+    let service = Service::new(tasks.clone(), end.clone());
     let signalled = tasks.clone();
     let mut caught = signal_hook::iterator::Signals::new([
         signal_hook::consts::SIGTERM,

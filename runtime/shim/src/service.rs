@@ -17,6 +17,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use koya::vmm::guest_text;
+use koya::vmm::host::threads;
 use koya_tasks::{
     CreateTask, Error, ExecTask, Mount, Spec, Status, StdioConfig, StdioPaths, TaskSet,
     read_process, read_resources,
@@ -26,6 +27,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use tokio::sync::Semaphore;
 use ttrpc::Code;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service as TtrpcService, TtrpcContext};
@@ -62,8 +64,25 @@ fn services(service: Service) -> Result<HashMap<String, TtrpcService>> {
 /// State of the service.
 pub(crate) struct Service {
     pub(crate) tasks: Arc<TaskSet>,
+    /// The operations that may still begin.
+    pending: Arc<Semaphore>,
     /// Ends the shim.
     pub(crate) end: Sender<()>,
+}
+
+/// Maximum number of operations in progress, not counting those that end processes. Below the number of threads of tokio's
+/// pool, for which further ones would wait in line.
+const MAX_CALLS: usize = 256;
+
+impl Service {
+    /// A service of these tasks; `end` ends the shim.
+    pub(crate) fn new(tasks: Arc<TaskSet>, end: Sender<()>) -> Self {
+        Self {
+            tasks,
+            pending: Arc::new(Semaphore::new(MAX_CALLS)),
+            end,
+        }
+    }
 }
 
 /// Converts an error to the codes of containerd's clients, which show its text on terminals: it may contain words of an image.
@@ -80,19 +99,49 @@ fn to_ttrpc_error(error: Error) -> ttrpc::Error {
 }
 
 impl Service {
-    /// Runs a blocking operation.
+    /// Runs a blocking operation. Only so many are in progress: a guest that does not answer prolongs each of them, and
+    /// clients that have gone away do not end theirs.
     async fn work<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Arc<TaskSet>) -> Result<T, Error> + Send + 'static,
     ) -> ttrpc::Result<T> {
-        let tasks = self.tasks.clone();
-        let done = tokio::task::spawn_blocking(move || work(&tasks)).await;
-        let done = done.unwrap_or_else(|error| Err(Error::Failed(error.into())));
-        if let Err(error) = &done {
-            log::debug!("{error}");
-        }
-        done.map_err(to_ttrpc_error)
+        let (tasks, pending) = (self.tasks.clone(), self.pending.clone());
+        let Ok(permit) = pending.try_acquire_owned() else {
+            let error = anyhow!("{MAX_CALLS} requests are in progress already: try again later");
+            return reply(Err(Error::Failed(error)));
+        };
+        let work = move || {
+            let _permit = permit;
+            work(&tasks)
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        reply(done.unwrap_or_else(|error| Err(Error::Failed(error.into()))))
     }
+
+    /// As [`work`](Self::work), on a thread of its own: what ends a container must not wait for what it is to end.
+    async fn end_with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<TaskSet>) -> Result<T, Error> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        let tasks = self.tasks.clone();
+        let (sender, answer) = tokio::sync::oneshot::channel();
+        let started = threads::spawn("koya-call", move || {
+            sender.send(work(&tasks)).ok();
+        });
+        if let Err(error) = started {
+            return reply(Err(Error::Failed(error.into())));
+        }
+        let done = answer.await;
+        reply(done.unwrap_or_else(|error| Err(Error::Failed(error.into()))))
+    }
+}
+
+/// Converts the result of an operation.
+fn reply<T>(done: Result<T, Error>) -> ttrpc::Result<T> {
+    if let Err(error) = &done {
+        log::debug!("{error}");
+    }
+    done.map_err(to_ttrpc_error)
 }
 
 /// The task to create, from a request.
@@ -203,7 +252,7 @@ impl Task for Service {
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
         let (pid, exit) = self
-            .work(move |tasks| tasks.delete(&request.id, &request.exec_id))
+            .end_with(move |tasks| tasks.delete(&request.id, &request.exec_id))
             .await?;
         Ok(DeleteResponse {
             pid,
@@ -241,7 +290,7 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.work(move |tasks| {
+        self.end_with(move |tasks| {
             tasks.kill(&request.id, &request.exec_id, request.signal, request.all)
         })
         .await?;

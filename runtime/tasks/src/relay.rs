@@ -57,8 +57,8 @@ struct State {
     keep: Option<OwnedFd>,
     /// Closed to stop the reading of input.
     stop: Option<UnixStream>,
-    /// The guest's end of the input, unless it is that of an output too.
-    input: Option<UnixStream>,
+    /// The guest's ends of inputs, and what of each is shut down: an output may use it, too.
+    inputs: Vec<(UnixStream, Shutdown)>,
     outputs: Vec<Source>,
     /// Whether the process has ended.
     has_ended: bool,
@@ -138,10 +138,16 @@ impl Io {
         };
         let mut outputs = vec![(stdout, self.stdout), (stderr, self.stderr)];
         let mut inputs = Vec::new();
+        let mut ends = Vec::new();
         let preserved = self.preserved.into_iter().filter(Preserved::is_stream);
         for (preserved, stream) in preserved.zip(streams.extra_fds) {
             if preserved.direction != Direction::Output {
                 inputs.push((preserved.file.try_clone()?, stream.try_clone()?));
+                let how = match preserved.direction {
+                    Direction::Both => Shutdown::Write,
+                    _ => Shutdown::Both,
+                };
+                ends.push((stream.try_clone()?, how));
             }
             if preserved.direction != Direction::Input {
                 outputs.push((Some(stream), Some(Output::Preserved(preserved))));
@@ -167,16 +173,18 @@ impl Io {
             })?;
         }
         if let (Some(input), Some(to_guest)) = (self.stdin, to_guest) {
-            let of_guest = match self.terminal {
-                true => None,
-                false => Some(to_guest.try_clone()?),
+            let how = match self.terminal {
+                true => Shutdown::Write,
+                false => Shutdown::Both,
             };
-            shared.change(|state| (state.keep, state.input) = (input.keep, of_guest));
+            ends.push((to_guest.try_clone()?, how));
+            shared.change(|state| state.keep = input.keep);
             let (terminal, stopped) = (self.terminal, stopped.try_clone()?);
             spawn("koya-in", move || {
                 relay_input(input.from, to_guest, &stopped, terminal);
             })?;
         }
+        shared.change(|state| state.inputs = ends);
         for (from, to_guest) in inputs {
             let stopped = stopped.try_clone()?;
             spawn("koya-in", move || {
@@ -199,9 +207,9 @@ impl Relay {
         let mut state = self.0.lock();
         state.keep.take();
         state.stop.take();
-        // A guest that neither reads nor closes it would keep the thread forever.
-        if let Some(input) = state.input.take() {
-            input.shutdown(Shutdown::Both).ok();
+        // A guest that neither reads nor closes one would keep its thread forever.
+        for (input, how) in state.inputs.drain(..) {
+            input.shutdown(how).ok();
         }
         state.has_ended = true;
         // The process's own output is in transit; background processes that hold its streams may write forever.
@@ -419,19 +427,29 @@ mod tests {
     /// A guest may say that a process has ended, and neither read its input nor close it.
     #[test]
     fn input_that_nobody_reads_keeps_no_thread_after_the_end() {
+        for (terminal, preserved) in [(false, false), (true, false), (false, true)] {
+            an_input_is_closed(terminal, preserved);
+        }
+    }
+
+    fn an_input_is_closed(terminal: bool, preserved: bool) {
         let (inputs, mut feed) = std::io::pipe().unwrap();
         let (guest, host) = UnixStream::pair().unwrap();
-        let io = Io {
-            stdin: Some(Input {
-                from: OwnedFd::from(inputs).into(),
-                keep: None,
-            }),
-            ..Io::default()
-        };
-        let streams = Streams {
-            stdin: Some(host),
-            ..Streams::default()
-        };
+        let (mut io, mut streams) = (Io::default(), Streams::default());
+        io.terminal = terminal;
+        if preserved {
+            let input = Preserved::new(3, inputs.into()).unwrap();
+            io.preserved.push(input);
+            streams.extra_fds.push(host);
+        } else {
+            let from = OwnedFd::from(inputs).into();
+            io.stdin = Some(Input { from, keep: None });
+            streams.stdin = Some(host);
+        }
+        if terminal {
+            // The process's output is complete.
+            guest.shutdown(Shutdown::Write).unwrap();
+        }
         let relay = io.connect(streams).unwrap();
         let (sender, fed) = std::sync::mpsc::channel();
         // More than the pipe and the sockets hold.
