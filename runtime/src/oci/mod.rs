@@ -11,6 +11,7 @@ mod capabilities;
 mod devices;
 pub(crate) mod from_config;
 mod links;
+mod mount_options;
 mod mounts;
 mod namespaces;
 mod own_root;
