@@ -25,6 +25,7 @@ mod valid;
 
 pub(crate) use bundle::Root;
 pub use bundle::{Bundle, SharedNamespaces, SharedPidNamespace};
+pub use capabilities::known_capabilities;
 pub(crate) use devices::HostDisk;
 pub(crate) use links::Link;
 pub(crate) use mounts::OnHost;
@@ -102,6 +103,7 @@ pub(crate) fn adapt(
     } = bundle;
     check_supported(&spec)?;
     mounts::plain_places(&mut spec);
+    mounts::drop_trace_socket(&mut spec, &directory);
     own_root::make_relative(&mut spec, &directory, &rootfs);
     tmpfs::add_dev(&mut spec);
     let links = links::take(&mut spec, &directory)?;
@@ -155,6 +157,7 @@ pub(crate) fn adapt(
 pub(crate) fn mounts_on_host(bundle: &Bundle) -> Result<Vec<OnHost>, Error> {
     let mut spec = bundle.spec.clone();
     mounts::plain_places(&mut spec);
+    mounts::drop_trace_socket(&mut spec, &bundle.directory);
     own_root::make_relative(&mut spec, &bundle.directory, &bundle.rootfs);
     tmpfs::add_dev(&mut spec);
     links::take(&mut spec, &bundle.directory)?;

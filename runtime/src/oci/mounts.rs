@@ -279,6 +279,26 @@ pub(super) fn plain_places(spec: &mut Spec) {
     }
 }
 
+/// Where BuildKit mounts its socket for traces.
+const TRACE_SOCKET: &str = "/dev/otel-grpc.sock";
+
+/// Removes the mount of BuildKit's socket for traces. A socket of the host can't be used in a guest, and the steps of a build do
+/// without this one.
+pub(super) fn drop_trace_socket(spec: &mut Spec, directory: &Path) {
+    let Some(mut mounts) = spec.mounts().clone() else {
+        return;
+    };
+    mounts.retain(|mount| !is_trace_socket(mount, directory));
+    spec.set_mounts(Some(mounts));
+}
+
+fn is_trace_socket(mount: &Mount, directory: &Path) -> bool {
+    let found = || source_of(directory, mount).ok()?.metadata().ok();
+    mount.destination() == Path::new(TRACE_SOCKET)
+        && is_bind(mount)
+        && found().is_some_and(|found| found.file_type().is_socket())
+}
+
 pub(super) fn is_bind(mount: &Mount) -> bool {
     matches!(mount.typ().as_deref(), Some("bind" | "rbind"))
         || has(mount, "bind")
@@ -413,6 +433,27 @@ mod tests {
         assert_eq!(said("file", "src-nofollow"), "");
         assert!(said("file", "dest-nofollow").contains("dest-nofollow"));
         assert_eq!(said("link", "ro"), "");
+    }
+
+    #[test]
+    fn the_socket_for_traces_of_a_build_is_left_out() {
+        use std::os::unix::net::UnixListener;
+        let dir = tempfile::tempdir().unwrap();
+        let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let bind = |at: &str, source: &str| json!({"destination": at, "type": "bind", "source": source, "options": ["ro"]});
+        let mounts = json!([
+            bind("/dev/otel-grpc.sock", "socket"),
+            bind("/dev/otel-grpc.sock", "file"),
+            bind("/dev/other.sock", "socket"),
+        ]);
+        let spec = json!({"ociVersion": "1.2.0", "mounts": mounts});
+        let mut spec: Spec = serde_json::from_value(spec).unwrap();
+        drop_trace_socket(&mut spec, dir.path());
+        let left = spec.mounts().iter().flatten();
+        let left: Vec<_> = left.map(|mount| mount.destination().clone()).collect();
+        let expected = ["/dev/otel-grpc.sock", "/dev/other.sock"];
+        assert_eq!(left, expected.map(PathBuf::from));
     }
 
     #[test]
