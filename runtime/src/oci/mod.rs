@@ -31,6 +31,7 @@ pub(crate) use links::Link;
 pub(crate) use mounts::OnHost;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
+pub(crate) use valid::check_rdma;
 
 use crate::Error;
 use crate::account::Accounts;
@@ -290,7 +291,7 @@ pub(crate) fn retain_guest_limits(resources: &mut oci::LinuxResources) {
         resources.set_cpu(Some(cpu));
     }
     if let Some(mut files) = resources.unified().clone() {
-        let controllers = ["cpuset.", "io.", "hugetlb.", "rdma."];
+        let controllers = ["cpuset.", "io.", "hugetlb."];
         files.retain(|file, _| !controllers.iter().any(|name| file.starts_with(name)));
         resources.set_unified(Some(files));
     }
