@@ -69,7 +69,10 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &PreservedFds) -> Outcom
     }
     let mut process = process_of(args, &container.stored)?;
     add_environment(&mut process, given.count);
-    if let Some(groups) = source::kept_groups(&container.stored) {
+    // A process derived from the container's has them already.
+    if args.process.is_some()
+        && let Some(groups) = source::kept_groups(&container.stored)
+    {
         process["user"]["additionalGids"] = groups.clone();
     }
     capabilities::warn_of_ambient(&process["capabilities"]);
