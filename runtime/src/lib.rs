@@ -89,7 +89,10 @@ pub use koya_vmm::host::process::{enable_core_scheduling, prepare_process};
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
-pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration};
+pub use oci::{
+    Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration,
+    known_capabilities,
+};
 pub use oci_spec;
 pub use patience::DiskWrites;
 pub use sandbox::{Disk, Sandbox, SandboxStats};

@@ -3,6 +3,8 @@
 // Options that are accepted without effect are not read.
 #![allow(dead_code)]
 
+use crate::values::{bytes, valued};
+use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -45,7 +47,18 @@ impl Cli {
         let name = others.next().unwrap_or("koya-runtime");
         let command = Self::command().name(name).bin_name(name);
         let command = command.mut_subcommands(|command| command.help_template(COMMAND_HELP));
-        Self::from_arg_matches(&command.try_get_matches_from(words)?)
+        let parsed = command.clone().try_get_matches_from(&words);
+        let parsed = parsed.or_else(|error| match error.kind() {
+            // A flag may have a value.
+            ErrorKind::TooManyValues | ErrorKind::UnknownArgument => {
+                let command = command
+                    .mut_args(valued)
+                    .mut_subcommands(|c| c.mut_args(valued));
+                command.try_get_matches_from(&words).map_err(|_| error)
+            }
+            _ => Err(error),
+        });
+        Self::from_arg_matches(&parsed?)
     }
 }
 
@@ -348,31 +361,23 @@ pub(crate) struct UpdateArgs {
     /// Set the limit of memory and swap together
     #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory_swap: Option<i64>,
+    /// Accepted without effect, like runc: control groups of version 2 have no such limit
+    #[arg(long, hide = true, allow_hyphen_values = true, value_parser = bytes)]
+    pub(crate) kernel_memory: Option<i64>,
+    /// Accepted without effect, like runc: control groups of version 2 have no such limit
+    #[arg(long, hide = true, allow_hyphen_values = true, value_parser = bytes)]
+    pub(crate) kernel_memory_tcp: Option<i64>,
+    /// Not supported: a guest has no such control
+    #[arg(long, hide = true)]
+    pub(crate) l3_cache_schema: Option<String>,
+    /// Not supported: a guest has no such control
+    #[arg(long, hide = true)]
+    pub(crate) mem_bw_schema: Option<String>,
     /// Set the maximum number of processes and threads
     #[arg(long, allow_hyphen_values = true)]
     pub(crate) pids_limit: Option<i64>,
     /// The container
     pub(crate) id: String,
-}
-
-/// A size in the syntax of runc: `1024`, `50M`, `1g`, `2GiB`, `-1`.
-fn bytes(text: &str) -> Result<i64, String> {
-    let lower = text.to_lowercase();
-    let number = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match &lower[number.len()..] {
-        "" | "b" => 0,
-        "k" | "kb" | "kib" => 10,
-        "m" | "mb" | "mib" => 20,
-        "g" | "gb" | "gib" => 30,
-        "t" | "tb" | "tib" => 40,
-        unit => return Err(format!("unknown unit {unit:?}")),
-    };
-    let number: i64 = number.parse().map_err(|_| "not a number of bytes")?;
-    if number < 0 {
-        return Ok(-1);
-    }
-    let product = number.checked_mul(1 << shift);
-    product.ok_or_else(|| "too large".to_owned())
 }
 
 #[derive(Args)]
@@ -408,17 +413,6 @@ mod tests {
     }
 
     #[test]
-    fn sizes_have_units() {
-        assert_eq!(bytes("1024"), Ok(1024));
-        assert_eq!(bytes("50M"), Ok(50 << 20));
-        assert_eq!(bytes("2GiB"), Ok(2 << 30));
-        assert_eq!(bytes("-1"), Ok(-1));
-        for bad in ["", "M", "1x", "1.5", "9223372036854775807k"] {
-            assert!(bytes(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
     fn what_runcs_callers_pass_is_understood() {
         let lines = [
             "--root /r --log /l --log-format json --systemd-cgroup create --bundle /b --pid-file /p \
@@ -445,6 +439,50 @@ mod tests {
             if let Err(error) = Cli::try_parse_from(words) {
                 panic!("{line}: {error}");
             }
+        }
+    }
+
+    #[test]
+    fn flags_may_have_values() {
+        let read = |line: &str| {
+            let words = std::iter::once("koya-runtime").chain(line.split_whitespace());
+            Cli::read(words.map(OsString::from))
+        };
+        let run = |line: &str| {
+            let cli = read(line).unwrap();
+            let Command::Run(args) = cli.command else {
+                panic!("{line}");
+            };
+            (cli.globals.debug, args.detach, args.keep)
+        };
+        let of = [
+            ("run -d c", (false, true, false)),
+            (
+                "--debug=true run --detach=false --keep c",
+                (true, false, true),
+            ),
+            (
+                "--systemd-cgroup=true --debug=0 run -d --keep=1 c",
+                (false, true, true),
+            ),
+            ("--debug run --detach=T c", (true, true, false)),
+        ];
+        for (line, expected) in of {
+            assert_eq!(run(line), expected, "{line}");
+        }
+        let Command::Exec(args) = read("exec --detach=true -t c ls --all=true")
+            .unwrap()
+            .command
+        else {
+            panic!("another command");
+        };
+        assert!(args.detach && args.tty);
+        assert_eq!(args.args, ["ls", "--all=true"]);
+        for bad in ["--debug=x list", "run --detach=yes c", "run --none=true c"] {
+            let error = read(bad).err().unwrap().to_string();
+            assert!(
+                error.contains("--debug") || error.contains("--detach") || error.contains("--none")
+            );
         }
     }
 

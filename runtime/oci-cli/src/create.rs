@@ -182,9 +182,11 @@ fn make(
     let launched = is_unused
         .map_err(anyhow::Error::from)
         .and_then(|()| launch(&boot, console, given));
+    // A container whose poststop hooks are due if it is not created.
+    let mut due = None;
     let made = launched.and_then(|(mut child, stream)| {
         let told = pidfd.map_or(Ok(()), |receiver| receiver.send(child.id()));
-        let finished = told.and_then(|()| finish(&boot, args, spec, child.id(), &stream));
+        let finished = told.and_then(|()| finish(&boot, args, spec, child.id(), &stream, &mut due));
         if finished.is_err() {
             child.kill().ok();
             child.wait().ok();
@@ -196,6 +198,9 @@ fn make(
     });
     if made.is_err() {
         fs::remove_dir_all(&directory).ok();
+        if let Some(stored) = due {
+            life::run_poststop_hooks(&stored);
+        }
     }
     drop(lock);
     made
@@ -240,11 +245,27 @@ fn spawn_with_own_pids(mut command: Command) -> Result<Child> {
     Ok(receiver.recv()??)
 }
 
-/// Makes the process create the container, between running hooks and storing the state.
-fn finish(boot: &Boot, args: &CreateArgs, spec: Spec, pid: u32, stream: &UnixStream) -> Result<()> {
+/// The hooks before the end of the creation. If it fails after one of them, poststop hooks are due (runtime.md of the
+/// specification).
+const OF_CREATION: [Kind; 3] = [Kind::Prestart, Kind::CreateRuntime, Kind::CreateContainer];
+
+/// Makes the process create the container, between running hooks and storing the state. `due` is set before the first hook is
+/// run.
+fn finish(
+    boot: &Boot,
+    args: &CreateArgs,
+    spec: Spec,
+    pid: u32,
+    stream: &UnixStream,
+    due: &mut Option<Stored>,
+) -> Result<()> {
     let mut wire = Wire::new(stream.try_clone()?);
     receive_response(&mut wire)?;
     let stored = stored(boot, spec, pid)?;
+    let has_hooks = |kind: &Kind| !kind.of(&stored.hooks).is_empty();
+    if OF_CREATION.iter().any(has_hooks) {
+        *due = Some(stored.clone());
+    }
     let state = state::hook_state(&stored, ContainerState::Creating)?;
     for kind in [Kind::Prestart, Kind::CreateRuntime] {
         hooks::run(kind, kind.of(&stored.hooks), &state, stored.place())?;
@@ -306,4 +327,61 @@ pub(crate) fn write_pid(file: Option<&Path>, pid: u32) -> Result<()> {
     file.map_or(Ok(()), |file| {
         state::replace(file, pid.to_string().as_bytes())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use crate::ipc::Response;
+    use clap::Parser;
+    use serde_json::{Value, json};
+
+    /// The end of a creation with these hooks whose process fails once it is asked for the container: the error, and whether
+    /// poststop hooks are due.
+    fn finished(hooks: Value) -> (String, bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let config = json!({"ociVersion": "1.2.0", "hooks": hooks});
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let cli = Cli::try_parse_from(["koya-runtime", "create", "c"]).unwrap();
+        let Command::Create(args) = &cli.command else {
+            panic!("another command");
+        };
+        let boot = Boot {
+            id: "c".into(),
+            directory: dir.path().into(),
+            bundle: dir.path().into(),
+            source: Source::default(),
+            is_terminal: false,
+            is_own_terminal: false,
+            preserved: Default::default(),
+            joins: None,
+            log: logging::Config::default(),
+        };
+        let spec = Spec::read(dir.path()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send(&theirs, &Response::Done, &[]).unwrap();
+        send(&theirs, &Response::Failed("no machine".into()), &[]).unwrap();
+        let mut due = None;
+        let finished = finish(&boot, args, spec, std::process::id(), &ours, &mut due);
+        (finished.unwrap_err().to_string(), due.is_some())
+    }
+
+    #[test]
+    fn a_failed_creation_ends_with_poststop_hooks_if_hooks_have_run() {
+        let (yes, no) = (
+            json!([{"path": "/bin/true"}]),
+            json!([{"path": "/bin/false"}]),
+        );
+        for kind in ["prestart", "createRuntime"] {
+            let (said, is_due) = finished(json!({kind: no.clone(), "poststop": yes.clone()}));
+            assert!(said.contains(kind) && is_due, "{said}");
+        }
+        for kind in ["prestart", "createRuntime", "createContainer"] {
+            let (said, is_due) = finished(json!({kind: yes.clone(), "poststop": yes.clone()}));
+            assert_eq!((said.as_str(), is_due), ("no machine", true), "{kind}");
+        }
+        let (said, is_due) = finished(json!({"poststart": no, "poststop": yes}));
+        assert_eq!((said.as_str(), is_due), ("no machine", false));
+    }
 }

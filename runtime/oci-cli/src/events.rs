@@ -5,7 +5,8 @@ use crate::cli::EventsArgs;
 use crate::console::spawn;
 use crate::ipc::{Request, Response, receive_response, send_request};
 use crate::state::{Container, Root, Status};
-use anyhow::{Context, Result, bail};
+use crate::values::duration;
+use anyhow::{Result, bail};
 use koya::ContainerStats;
 use koya_tasks::wire::{Wire, send};
 use serde::Serialize;
@@ -18,7 +19,7 @@ use std::time::Duration;
 const LAST_EVENT: Duration = Duration::from_secs(2);
 
 pub(crate) fn events(root: &Root, args: &EventsArgs) -> Outcome {
-    let interval = duration(&args.interval)?;
+    let interval = duration("--interval", &args.interval)?;
     let container = root.find(&args.id)?;
     if container.status() == Status::Stopped {
         bail!("container with id {} is not running", args.id);
@@ -84,25 +85,6 @@ fn print_ooms(container: &Container) -> Result<Receiver<()>> {
     Ok(over)
 }
 
-/// A duration in Go's syntax: `5s`, `500ms`, `1m`.
-fn duration(text: &str) -> Result<Duration> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: Option<u64> = number.parse().ok();
-    let parsed = match unit {
-        "ms" => number.map(Duration::from_millis),
-        "s" => number.map(Duration::from_secs),
-        "m" => number
-            .and_then(|n| n.checked_mul(60))
-            .map(Duration::from_secs),
-        _ => None,
-    };
-    let parsed = parsed.filter(|time| !time.is_zero());
-    parsed.with_context(|| format!("--interval {text}: a time like 5s or 500ms is expected"))
-}
-
 /// The statistics in the format of go-runc (`Stats`).
 pub(crate) fn data(stats: &ContainerStats) -> Value {
     let nanoseconds = |microseconds: u64| microseconds.saturating_mul(1000);
@@ -145,15 +127,6 @@ fn pids_limit(limit: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_are_those_of_go() {
-        assert_eq!(duration("5s").unwrap(), Duration::from_secs(5));
-        assert_eq!(duration("250ms").unwrap(), Duration::from_millis(250));
-        for bad in ["", "5", "0s", "-1s", "x"] {
-            assert!(duration(bad).is_err(), "{bad:?}");
-        }
-    }
 
     #[test]
     fn figures_have_runcs_units() {

@@ -69,17 +69,15 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &PreservedFds) -> Outcom
     }
     let mut process = process_of(args, &container.stored)?;
     add_environment(&mut process, given.count);
-    if let Some(groups) = source::kept_groups(&container.stored) {
+    // A process derived from the container's has them already.
+    if args.process.is_some()
+        && let Some(groups) = source::kept_groups(&container.stored)
+    {
         process["user"]["additionalGids"] = groups.clone();
     }
     capabilities::warn_of_ambient(&process["capabilities"]);
     let is_terminal = process["terminal"] == true;
-    if args.detach && is_terminal != args.console_socket.is_some() {
-        bail!(match is_terminal {
-            true => "cannot allocate tty if runc will detach without setting console socket",
-            false => "cannot use console socket if runc will not detach or allocate tty",
-        });
-    }
+    check_terminal(is_terminal, args.detach, args.console_socket.is_some())?;
     let console = args.console_socket.as_deref().map(console::connect);
     let pidfd = Receiver::connect(args.pidfd_socket.as_deref())?;
     let added = ExecSpec {
@@ -95,6 +93,19 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &PreservedFds) -> Outcom
             }
             foreground(&container, args, &added, given)
         }
+    }
+}
+
+/// Checks, like runc, that a console socket is for a terminal, and that a detached terminal has one.
+fn check_terminal(is_terminal: bool, is_detached: bool, has_socket: bool) -> Result<()> {
+    match (is_terminal, has_socket) {
+        (true, false) if is_detached => {
+            bail!("cannot allocate tty if runc will detach without setting console socket")
+        }
+        (false, true) => {
+            bail!("cannot use console socket if runc will not detach or allocate tty")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -136,14 +147,11 @@ fn process_of(args: &ExecArgs, stored: &Stored) -> Result<Value> {
         let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         let mut process: Value =
             serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+        if !process.is_object() {
+            bail!("{}: a process is a JSON object", file.display());
+        }
         if args.tty {
             process["terminal"] = true.into();
-        }
-        // Missing IDs mean root, as in Go programs.
-        for id in ["uid", "gid"] {
-            if process["user"][id].is_null() {
-                process["user"][id] = 0.into();
-            }
         }
         return Ok(process);
     }
@@ -162,9 +170,7 @@ fn process_of(args: &ExecArgs, stored: &Stored) -> Result<Value> {
     if let Some(cwd) = &args.cwd {
         process["cwd"] = json!(cwd);
     }
-    if let Some(env) = process["env"].as_array_mut() {
-        env.extend(args.env.iter().map(|entry| json!(entry)));
-    }
+    append(&mut process["env"], &args.env);
     if args.no_new_privs {
         process["noNewPrivileges"] = true.into();
     }
@@ -172,12 +178,9 @@ fn process_of(args: &ExecArgs, stored: &Stored) -> Result<Value> {
     let inherits = process["capabilities"]["inheritable"].is_array();
     let sets = ["bounding", "effective", "permitted", "ambient"];
     let sets = &sets[..if inherits { 4 } else { 3 }];
-    for cap in &args.cap {
+    if !args.cap.is_empty() {
         for set in sets {
-            match process["capabilities"][set].as_array_mut() {
-                Some(list) => list.push(json!(cap)),
-                None => process["capabilities"][set] = json!([cap]),
-            }
+            append(&mut process["capabilities"][*set], &args.cap);
         }
     }
     if let Some(user) = &args.user {
@@ -191,18 +194,27 @@ fn process_of(args: &ExecArgs, stored: &Stored) -> Result<Value> {
             process["user"]["gid"] = number(gid)?.into();
         }
     }
-    if !args.additional_gids.is_empty() {
-        process["user"]["additionalGids"] = json!(args.additional_gids);
-    }
+    append(
+        &mut process["user"]["additionalGids"],
+        &args.additional_gids,
+    );
     Ok(process)
 }
 
-fn add_environment(process: &mut Value, count: Count) {
-    let added = count.environment().into_iter().map(Value::from);
-    match process["env"].as_array_mut() {
-        Some(all) => all.extend(added),
-        None => process["env"] = added.collect(),
+/// Appends to an array of the process. A missing one is created.
+fn append<T: Clone + Into<Value>>(array: &mut Value, added: &[T]) {
+    if added.is_empty() {
+        return;
     }
+    let added = added.iter().cloned().map(|one| -> Value { one.into() });
+    match array.as_array_mut() {
+        Some(all) => all.extend(added),
+        None => *array = added.collect(),
+    }
+}
+
+fn add_environment(process: &mut Value, count: Count) {
+    append(&mut process["env"], &count.environment());
 }
 
 fn console_size(process: &Value) -> Option<(u64, u64)> {
@@ -364,4 +376,59 @@ fn start_in_stub(stubbed: &StubRequest, mut fds: Vec<OwnedFd>) -> Result<Wire> {
     receive_response(&mut wire)?;
     pass_on(signals, &sandbox, terminal)?;
     Ok(wire)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use crate::state::tests::stored;
+    use clap::Parser;
+
+    /// The process that a command line makes of a container's.
+    fn process(own: Value, words: &[&str]) -> Value {
+        let words = ["koya-runtime", "exec"].iter().chain(words);
+        let Command::Exec(args) = Cli::try_parse_from(words).unwrap().command else {
+            panic!("another command");
+        };
+        let mut stored = stored("c");
+        stored.process = own;
+        process_of(&args, &stored).unwrap()
+    }
+
+    #[test]
+    fn what_is_added_needs_nothing_to_be_added_to() {
+        let own = json!({"cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}});
+        let made = process(
+            own,
+            &["-e", "A=b", "-g", "7", "--cap", "CAP_KILL", "c", "x"],
+        );
+        assert_eq!(made["env"], json!(["A=b"]));
+        assert_eq!(made["user"]["additionalGids"], json!([7]));
+        assert_eq!(made["capabilities"]["bounding"], json!(["CAP_KILL"]));
+        assert!(made["capabilities"]["ambient"].is_null());
+    }
+
+    #[test]
+    fn groups_and_variables_are_added_to_the_containers() {
+        let user = json!({"uid": 0, "gid": 0, "additionalGids": [1, 2]});
+        let own = json!({"cwd": "/", "args": ["sh"], "user": user, "env": ["A=a"]});
+        let words = ["-g", "3", "-g", "4", "-e", "B=b", "c", "x"];
+        let made = process(own.clone(), &words);
+        assert_eq!(made["user"]["additionalGids"], json!([1, 2, 3, 4]));
+        assert_eq!(made["env"], json!(["A=a", "B=b"]));
+        let same = process(own, &["c", "x"]);
+        assert_eq!(same["user"]["additionalGids"], json!([1, 2]));
+    }
+
+    #[test]
+    fn a_console_socket_is_for_a_terminal() {
+        for is_detached in [true, false] {
+            assert!(check_terminal(false, is_detached, true).is_err());
+            assert!(check_terminal(false, is_detached, false).is_ok());
+            assert!(check_terminal(true, is_detached, true).is_ok());
+        }
+        assert!(check_terminal(true, true, false).is_err());
+        assert!(check_terminal(true, false, false).is_ok());
+    }
 }

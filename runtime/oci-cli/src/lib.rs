@@ -25,6 +25,7 @@ mod source;
 mod spec;
 mod state;
 mod update;
+mod values;
 
 use anyhow::Context as _;
 use clap::CommandFactory as _;

@@ -76,7 +76,15 @@ pub(crate) fn delete(root: &Root, args: &DeleteArgs) -> Outcome {
         delete_by_force(root, &args.id)?;
         return Ok(0);
     }
-    let (container, _lock) = root.lock(&args.id)?;
+    let (container, _lock) = match root.lock(&args.id) {
+        Err(error) => {
+            if let Err(left) = remove_leftovers(root, &args.id) {
+                log::debug!("{left:#}");
+            }
+            return Err(error);
+        }
+        Ok(locked) => locked,
+    };
     match container.status() {
         Status::Stopped | Status::Created => remove(&container)?,
         status => bail!(
@@ -92,12 +100,18 @@ pub(crate) fn delete_by_force(root: &Root, id: &str) -> Result<()> {
     state::check_id(id)?;
     match root.lock(id) {
         Ok((container, _lock)) => remove(&container),
-        // The leftovers of an interrupted command have no state.
-        Err(_) => match root.make(id) {
-            Ok((directory, _lock)) => Ok(fs::remove_dir_all(directory)?),
-            Err(error) => Err(error),
-        },
+        Err(_) => remove_leftovers(root, id),
     }
+}
+
+/// Removes what an interrupted command left of a container: a directory without a state.
+fn remove_leftovers(root: &Root, id: &str) -> Result<()> {
+    state::check_id(id)?;
+    if !root.path.join(id).exists() {
+        return Ok(());
+    }
+    let (directory, _lock) = root.make(id)?;
+    Ok(fs::remove_dir_all(directory)?)
 }
 
 /// Ends the remaining processes, and removes the stored state.
@@ -112,13 +126,19 @@ pub(crate) fn remove(container: &Container) -> Result<()> {
     }
     fs::remove_dir_all(&container.directory)
         .with_context(|| format!("cannot remove {}", container.directory.display()))?;
-    let state = state::hook_state(&container.stored, ContainerState::Stopped)?;
-    let Stored { hooks, .. } = &container.stored;
-    let place = container.stored.place();
-    if let Err(error) = hooks::run_poststop(Kind::Poststop.of(hooks), &state, place) {
+    run_poststop_hooks(&container.stored);
+    Ok(())
+}
+
+/// Runs the poststop hooks of a container that is gone. A failure is only a warning.
+pub(crate) fn run_poststop_hooks(stored: &Stored) {
+    let ran = state::hook_state(stored, ContainerState::Stopped).and_then(|state| {
+        let hooks = Kind::Poststop.of(&stored.hooks);
+        Ok(hooks::run_poststop(hooks, &state, stored.place())?)
+    });
+    if let Err(error) = ran {
         log::warn!("{error:#}");
     }
-    Ok(())
 }
 
 /// Ends its process: by ending the container if possible, otherwise by SIGKILL.
@@ -185,5 +205,44 @@ impl Forwarded {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leftovers_are_removed_although_there_is_no_container() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::at(dir.path().join("root"));
+        let delete = |id: &str| {
+            let args = DeleteArgs {
+                force: false,
+                id: id.into(),
+            };
+            delete(&root, &args).unwrap_err().to_string()
+        };
+        assert_eq!(delete("c"), "container does not exist: c");
+        assert!(!root.path.exists(), "nothing is made");
+        let (directory, lock) = root.make("c").unwrap();
+        fs::write(directory.join("pid"), "").unwrap();
+        drop(lock);
+        assert_eq!(delete("c"), "container does not exist: c");
+        assert!(!directory.exists());
+        assert!(delete("..").contains("invalid container ID"));
+    }
+
+    #[test]
+    fn hooks_run_after_the_bundle_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let ran = dir.path().join("ran");
+        let script = format!("pwd > {}", ran.display());
+        let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+        let mut stored = state::tests::stored("c");
+        stored.bundle = dir.path().join("none");
+        stored.hooks = serde_json::from_value(serde_json::json!({"poststop": [hook]})).unwrap();
+        run_poststop_hooks(&stored);
+        assert_eq!(fs::read_to_string(ran).unwrap(), "/\n");
     }
 }

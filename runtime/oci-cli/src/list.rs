@@ -55,15 +55,19 @@ pub(crate) fn list(root: &Root, args: &ListArgs) -> Outcome {
     Ok(0)
 }
 
+/// Columns as wide as those of runc: at least 12 characters, 3 of them empty. The last one has no end.
 fn table(rows: Vec<[String; 6]>) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..6).map(width).collect();
+    const LEAST: usize = 12;
+    const GAP: usize = 3;
+    let length = |row: &[String; 6], column: usize| row[column].chars().count() + GAP;
+    let width = |column| rows.iter().map(|row| length(row, column)).max();
+    let widths: Vec<usize> = (0..5).map(|c| width(c).unwrap_or(0).max(LEAST)).collect();
     let line = |row: &[String; 6]| {
         let cells = row.iter().zip(&widths);
         let cells: String = cells
-            .map(|(cell, width)| format!("{cell:width$}   "))
+            .map(|(cell, width)| format!("{cell:width$}"))
             .collect();
-        format!("{}\n", cells.trim_end())
+        format!("{cells}{}\n", row[5])
     };
     rows.iter().map(line).collect()
 }
@@ -110,6 +114,19 @@ fn lines_of(text: &str, pids: &[i32]) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_runcs() {
+        let row = |cells: [&str; 6]| cells.map(String::from);
+        let head = row(["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]);
+        let one = row(["c", "7", "running", "/a/bundle", "now", "root"]);
+        let text = table(vec![head, one]);
+        let expected = "ID          PID         STATUS      BUNDLE      CREATED     OWNER\n\
+                        c           7           running     /a/bundle   now         root\n";
+        assert_eq!(text, expected);
+        let long = row(["c", "7", "running", "/a/bundles", "now", "root"]);
+        assert!(table(vec![long]).contains("/a/bundles   now         root\n"));
+    }
 
     #[test]
     fn ps_shows_the_containers_processes() {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// crun's annotation for `--group-add keep-groups` of podman, also used by distrobox. Any value but 0 is a request.
-const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
+pub(crate) const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
 
 /// How a container's configuration is read.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

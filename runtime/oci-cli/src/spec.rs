@@ -3,6 +3,7 @@
 use crate::Outcome;
 use crate::cli::SpecArgs;
 use crate::list::print_json;
+use crate::source::KEEP_GROUPS;
 use crate::state::OCI_VERSION;
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
@@ -69,22 +70,28 @@ pub(crate) fn features() -> Outcome {
     Ok(0)
 }
 
-/// Supported mount options: those of libcontainer in the guest.
+/// Supported mount options: those of libcontainer in the guest, and those that are adapted for it.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",
     "bind",
+    "copy-symlink",
     "defaults",
     "dev",
     "diratime",
     "dirsync",
     "exec",
     "idmap",
+    "iversion",
+    "lazytime",
+    "loud",
     "mand",
     "noatime",
     "nodev",
     "nodiratime",
     "noexec",
+    "noiversion",
+    "nolazytime",
     "nomand",
     "norelatime",
     "nostrictatime",
@@ -120,6 +127,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "runbindable",
     "rw",
     "shared",
+    "silent",
     "slave",
     "strictatime",
     "suid",
@@ -127,6 +135,41 @@ const MOUNT_OPTIONS: &[&str] = &[
     "sync",
     "tmpcopyup",
     "unbindable",
+];
+
+/// Architectures of seccomp filters, as libseccomp in the guest knows them.
+const ARCHITECTURES: &[&str] = &[
+    "SCMP_ARCH_AARCH64",
+    "SCMP_ARCH_ARM",
+    "SCMP_ARCH_LOONGARCH64",
+    "SCMP_ARCH_M68K",
+    "SCMP_ARCH_MIPS",
+    "SCMP_ARCH_MIPS64",
+    "SCMP_ARCH_MIPS64N32",
+    "SCMP_ARCH_MIPSEL",
+    "SCMP_ARCH_MIPSEL64",
+    "SCMP_ARCH_MIPSEL64N32",
+    "SCMP_ARCH_PARISC",
+    "SCMP_ARCH_PARISC64",
+    "SCMP_ARCH_PPC",
+    "SCMP_ARCH_PPC64",
+    "SCMP_ARCH_PPC64LE",
+    "SCMP_ARCH_RISCV64",
+    "SCMP_ARCH_S390",
+    "SCMP_ARCH_S390X",
+    "SCMP_ARCH_SH",
+    "SCMP_ARCH_SHEB",
+    "SCMP_ARCH_X32",
+    "SCMP_ARCH_X86",
+    "SCMP_ARCH_X86_64",
+];
+
+/// Flags of seccomp filters. The last one needs a listener, which a guest can't have.
+const FILTER_FLAGS: [&str; 4] = [
+    "SECCOMP_FILTER_FLAG_LOG",
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
+    "SECCOMP_FILTER_FLAG_TSYNC",
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
 ];
 
 fn supported() -> Value {
@@ -138,8 +181,15 @@ fn supported() -> Value {
             "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop",
         ],
         "mountOptions": MOUNT_OPTIONS,
+        "annotations": {
+            "io.koya.version": env!("CARGO_PKG_VERSION"),
+            "org.opencontainers.runc.checkpoint.enabled": "false",
+        },
+        // With a dot at its end, it is a prefix.
+        "potentiallyUnsafeConfigAnnotations": [koya::settings::ANNOTATIONS, KEEP_GROUPS],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
+            "capabilities": koya::known_capabilities(),
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
             "seccomp": {
                 "enabled": true,
@@ -151,6 +201,9 @@ fn supported() -> Value {
                     "SCMP_CMP_NE", "SCMP_CMP_LT", "SCMP_CMP_LE", "SCMP_CMP_EQ", "SCMP_CMP_GE",
                     "SCMP_CMP_GT", "SCMP_CMP_MASKED_EQ",
                 ],
+                "archs": ARCHITECTURES,
+                "knownFlags": FILTER_FLAGS,
+                "supportedFlags": FILTER_FLAGS[..3],
             },
             "apparmor": {"enabled": true},
             "selinux": {"enabled": true},
@@ -186,6 +239,10 @@ mod tests {
         options.sort_unstable();
         options.dedup();
         assert_eq!(options, MOUNT_OPTIONS);
+        let capabilities = all["linux"]["capabilities"].as_array().unwrap();
+        assert!(capabilities.contains(&json!("CAP_SYS_ADMIN")));
+        let unsafe_ones = json!(["io.koya.", "run.oci.keep_original_groups"]);
+        assert_eq!(all["potentiallyUnsafeConfigAnnotations"], unsafe_ones);
     }
 
     #[test]

@@ -322,15 +322,19 @@ pub(crate) fn hook_state(stored: &Stored, status: ContainerState) -> Result<oci:
     state.context("a state for hooks")
 }
 
-/// The name of a user, as printed by runc: empty if there is none.
+/// The name of a user, as printed by runc: `#UID` if there is none.
 fn owner(uid: u32) -> String {
     let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let named = users.lines().find_map(|line| {
+    name_in(&users, uid).unwrap_or_else(|| format!("#{uid}"))
+}
+
+/// The name of a user in the contents of `/etc/passwd` (passwd(5)).
+fn name_in(users: &str, uid: u32) -> Option<String> {
+    users.lines().find_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
         (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
-    });
-    named.unwrap_or_default()
+    })
 }
 
 /// Start time of a process, unless it is gone or has ended (proc_pid_stat(5)).
@@ -438,6 +442,14 @@ pub(crate) mod tests {
             process: serde_json::Value::Null,
             owner: None,
         }
+    }
+
+    #[test]
+    fn owners_without_a_name_are_numbers() {
+        let users = "root:x:0:0::/root:/bin/sh\nbroken\nme:x:1000:1000::/:/bin/sh\n";
+        assert_eq!(name_in(users, 1000), Some("me".into()));
+        assert_eq!(name_in(users, 1001), None);
+        assert_eq!(owner(u32::MAX - 2), format!("#{}", u32::MAX - 2));
     }
 
     #[test]

@@ -22,6 +22,14 @@ pub(crate) fn update(root: &Root, args: &UpdateArgs) -> Outcome {
 }
 
 fn resources(args: &UpdateArgs) -> Result<Value> {
+    let is_set = |option: &Option<String>| option.as_ref().is_some_and(|text| !text.is_empty());
+    // In runc's wording.
+    if is_set(&args.l3_cache_schema) {
+        bail!("Intel RDT/CAT: l3 cache schema is not enabled");
+    }
+    if is_set(&args.mem_bw_schema) {
+        bail!("Intel RDT/MBA: memory bandwidth schema is not enabled");
+    }
     if let Some(file) = &args.resources {
         let mut text = String::new();
         let read = match file.as_str() {
@@ -36,6 +44,9 @@ fn resources(args: &UpdateArgs) -> Result<Value> {
     }
     if args.cpu_rt_period.is_some() || args.cpu_rt_runtime.is_some() {
         bail!("--cpu-rt-period, --cpu-rt-runtime: cgroup v2 has no such limits");
+    }
+    if args.kernel_memory.is_some() || args.kernel_memory_tcp.is_some() {
+        log::warn!("Kernel memory settings are ignored and will be removed");
     }
     let section = |pairs: Vec<(&str, Option<Value>)>| {
         let pairs = pairs.into_iter();
@@ -80,13 +91,29 @@ mod tests {
 
     #[test]
     fn options_are_resources() {
-        let of = |words: &[&str]| {
+        let parsed = |words: &[&str]| {
             let words = ["koya-runtime", "update"].iter().chain(words).chain(&["c"]);
             match Cli::try_parse_from(words).unwrap().command {
-                Command::Update(args) => resources(&args).unwrap(),
+                Command::Update(args) => resources(&args),
                 _ => panic!("another command"),
             }
         };
+        let of = |words: &[&str]| parsed(words).unwrap();
+        assert_eq!(
+            of(&[
+                "--kernel-memory",
+                "50M",
+                "--kernel-memory-tcp",
+                "-1",
+                "--mem-bw-schema",
+                ""
+            ]),
+            json!({})
+        );
+        for option in ["--l3-cache-schema", "--mem-bw-schema"] {
+            let said = parsed(&[option, "L3:0=f"]).unwrap_err().to_string();
+            assert!(said.starts_with("Intel RDT/"), "{said}");
+        }
         assert_eq!(of(&[]), json!({}));
         assert_eq!(
             of(&[

@@ -69,6 +69,13 @@ fn all() -> Vec<String> {
     ALL.iter().map(|name| format!("CAP_{name}")).collect()
 }
 
+/// The capabilities that a guest has, in OCI spelling and in the order of their names.
+pub fn known_capabilities() -> Vec<String> {
+    let mut all = all();
+    all.sort();
+    all
+}
+
 /// The capabilities allowed for a container, in OCI spelling: the default ones without the dropped ones, and the added
 /// ones. As with Docker, a capability added by name is kept even if it is dropped.
 ///

@@ -11,6 +11,7 @@ mod capabilities;
 mod devices;
 pub(crate) mod from_config;
 mod links;
+mod mount_options;
 mod mounts;
 mod namespaces;
 mod own_root;
@@ -24,11 +25,13 @@ mod valid;
 
 pub(crate) use bundle::Root;
 pub use bundle::{Bundle, SharedNamespaces, SharedPidNamespace};
+pub use capabilities::known_capabilities;
 pub(crate) use devices::HostDisk;
 pub(crate) use links::Link;
 pub(crate) use mounts::OnHost;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
+pub(crate) use valid::check_rdma;
 
 use crate::Error;
 use crate::account::Accounts;
@@ -101,6 +104,7 @@ pub(crate) fn adapt(
     } = bundle;
     check_supported(&spec)?;
     mounts::plain_places(&mut spec);
+    mounts::drop_trace_socket(&mut spec, &directory);
     own_root::make_relative(&mut spec, &directory, &rootfs);
     tmpfs::add_dev(&mut spec);
     let links = links::take(&mut spec, &directory)?;
@@ -154,6 +158,7 @@ pub(crate) fn adapt(
 pub(crate) fn mounts_on_host(bundle: &Bundle) -> Result<Vec<OnHost>, Error> {
     let mut spec = bundle.spec.clone();
     mounts::plain_places(&mut spec);
+    mounts::drop_trace_socket(&mut spec, &bundle.directory);
     own_root::make_relative(&mut spec, &bundle.directory, &bundle.rootfs);
     tmpfs::add_dev(&mut spec);
     links::take(&mut spec, &bundle.directory)?;
@@ -286,7 +291,7 @@ pub(crate) fn retain_guest_limits(resources: &mut oci::LinuxResources) {
         resources.set_cpu(Some(cpu));
     }
     if let Some(mut files) = resources.unified().clone() {
-        let controllers = ["cpuset.", "io.", "hugetlb.", "rdma."];
+        let controllers = ["cpuset.", "io.", "hugetlb."];
         files.retain(|file, _| !controllers.iter().any(|name| file.starts_with(name)));
         resources.set_unified(Some(files));
     }

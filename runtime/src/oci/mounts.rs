@@ -1,6 +1,9 @@
 //! Mounts: paths of the host become shares, volumes in the guest's memory, or disks.
 
 use super::devices::{device_number, guest_node};
+use super::mount_options::{
+    FLAGS, adapt_file_system, check_cgroup_options, make_symfollow_recursive,
+};
 use super::shares::{Share, guest_path};
 use super::{namespaces, users};
 use crate::Error;
@@ -125,19 +128,6 @@ fn bind_sysfs(mount: &mut Mount) {
     }
 }
 
-/// Replaces these options by their recursive forms, the only ones that libcontainer supports.
-fn make_symfollow_recursive(mount: &mut Mount) {
-    let Some(mut options) = mount.options().clone() else {
-        return;
-    };
-    for option in &mut options {
-        if option == "symfollow" || option == "nosymfollow" {
-            option.insert(0, 'r');
-        }
-    }
-    mount.set_options(Some(options));
-}
-
 /// Converts a mount for the guest; returns it with the resource that it needs.
 fn adapt_mount(
     id: &str,
@@ -169,7 +159,7 @@ fn adapt_mount(
             if source.is_none_or(|name| name.as_os_str().is_empty()) {
                 adapted.set_source(Some(kind.into()));
             }
-            keep_flags_of_file_system(&mut adapted);
+            adapt_file_system(&mut adapted);
             return Ok((adapted, MountSource::Nothing));
         }
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
@@ -206,73 +196,6 @@ fn adapt_mount(
         return Ok((adapted, MountSource::Nothing));
     }
     adapt_bind(id, number, directory, mount)
-}
-
-/// Gives the flags of a whole file system a value: libcontainer drops the plain words, but passes options with values to the
-/// file system, and the kernel looks only at their names (`vfs_parse_sb_flag`).
-fn keep_flags_of_file_system(mount: &mut Mount) {
-    let Some(mut options) = mount.options().clone() else {
-        return;
-    };
-    for option in &mut options {
-        if ["sync", "dirsync", "lazytime"].contains(&option.as_str()) {
-            option.push_str("=on");
-        }
-    }
-    mount.set_options(Some(options));
-}
-
-/// Options of the cgroup2 file system (Documentation/admin-guide/cgroup-v2.rst).
-const CGROUP_OPTIONS: [&str; 6] = [
-    "nsdelegate",
-    "favordynmods",
-    "memory_localevents",
-    "memory_recursiveprot",
-    "memory_hugetlb_accounting",
-    "pids_localevents",
-];
-
-/// Other words that are options of every mount.
-const COMMON_OPTIONS: [&str; 17] = [
-    "acl",
-    "iversion",
-    "lazytime",
-    "loud",
-    "noacl",
-    "noiversion",
-    "nolazytime",
-    "remount",
-    "silent",
-    "defaults",
-    "private",
-    "shared",
-    "slave",
-    "unbindable",
-    "mand",
-    "nomand",
-    "dirsync",
-];
-
-/// Refuses options of a cgroup mount that its kernel would refuse: libcontainer ignores all of them.
-fn check_cgroup_options(mount: &Mount) -> Result<(), Error> {
-    let is_known = |option: &str| {
-        let is_common = |word: &str| FLAGS.contains(&word) || COMMON_OPTIONS.contains(&word);
-        is_common(option)
-            || option.strip_prefix('r').is_some_and(is_common)
-            || CGROUP_OPTIONS.contains(&option)
-            // Labels of SELinux, which a guest does not have.
-            || option.split_once('=').is_some_and(|(name, _)| name.ends_with("context"))
-    };
-    let options = mount.options().iter().flatten();
-    let mut words = options.flat_map(|option| option.split(','));
-    match words.find(|option| !is_known(option)) {
-        Some(option) => {
-            let destination = mount.destination().display();
-            let why = format!("Invalid argument: cgroup2 has no option {option:?}");
-            Err(Error::invalid("mounts", format!("{destination}: {why}")))
-        }
-        None => Ok(()),
-    }
 }
 
 /// Refuses what libcontainer would ignore: options of crun for links.
@@ -356,6 +279,26 @@ pub(super) fn plain_places(spec: &mut Spec) {
     }
 }
 
+/// Where BuildKit mounts its socket for traces.
+const TRACE_SOCKET: &str = "/dev/otel-grpc.sock";
+
+/// Removes the mount of BuildKit's socket for traces. A socket of the host can't be used in a guest, and the steps of a build do
+/// without this one.
+pub(super) fn drop_trace_socket(spec: &mut Spec, directory: &Path) {
+    let Some(mut mounts) = spec.mounts().clone() else {
+        return;
+    };
+    mounts.retain(|mount| !is_trace_socket(mount, directory));
+    spec.set_mounts(Some(mounts));
+}
+
+fn is_trace_socket(mount: &Mount, directory: &Path) -> bool {
+    let found = || source_of(directory, mount).ok()?.metadata().ok();
+    mount.destination() == Path::new(TRACE_SOCKET)
+        && is_bind(mount)
+        && found().is_some_and(|found| found.file_type().is_socket())
+}
+
 pub(super) fn is_bind(mount: &Mount) -> bool {
     matches!(mount.typ().as_deref(), Some("bind" | "rbind"))
         || has(mount, "bind")
@@ -370,29 +313,6 @@ pub(super) fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Erro
     Ok(directory.join(source))
 }
 
-/// Options that set or clear a mount's flags.
-const FLAGS: [&str; 20] = [
-    "ro",
-    "rw",
-    "suid",
-    "nosuid",
-    "dev",
-    "nodev",
-    "exec",
-    "noexec",
-    "atime",
-    "noatime",
-    "diratime",
-    "nodiratime",
-    "relatime",
-    "norelatime",
-    "strictatime",
-    "nostrictatime",
-    "symfollow",
-    "nosymfollow",
-    "sync",
-    "async",
-];
 /// Linux's ST_NOSYMFOLLOW.
 const NO_SYMLINKS: StatVfsMountFlags = StatVfsMountFlags::from_bits_retain(0x2000);
 
@@ -516,17 +436,24 @@ mod tests {
     }
 
     #[test]
-    fn flags_of_a_file_system_in_memory_are_kept() {
-        let of = |kind: &str, source: &str| {
-            let mount = json!({"destination": "/x", "type": kind, "source": source,
-                "options": ["nosuid", "sync", "dirsync", "size=1m"]});
-            let mount = serde_json::from_value(mount).unwrap();
-            let (adapted, _) = adapt_mount("c", 0, Path::new("/"), &mount, false).unwrap();
-            adapted.options().clone().unwrap()
-        };
-        let kept = ["nosuid", "sync=on", "dirsync=on", "size=1m"];
-        assert_eq!(of("tmpfs", "tmpfs"), kept);
-        assert!(of("bind", "/usr").contains(&"sync".to_owned()));
+    fn the_socket_for_traces_of_a_build_is_left_out() {
+        use std::os::unix::net::UnixListener;
+        let dir = tempfile::tempdir().unwrap();
+        let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let bind = |at: &str, source: &str| json!({"destination": at, "type": "bind", "source": source, "options": ["ro"]});
+        let mounts = json!([
+            bind("/dev/otel-grpc.sock", "socket"),
+            bind("/dev/otel-grpc.sock", "file"),
+            bind("/dev/other.sock", "socket"),
+        ]);
+        let spec = json!({"ociVersion": "1.2.0", "mounts": mounts});
+        let mut spec: Spec = serde_json::from_value(spec).unwrap();
+        drop_trace_socket(&mut spec, dir.path());
+        let left = spec.mounts().iter().flatten();
+        let left: Vec<_> = left.map(|mount| mount.destination().clone()).collect();
+        let expected = ["/dev/otel-grpc.sock", "/dev/other.sock"];
+        assert_eq!(left, expected.map(PathBuf::from));
     }
 
     #[test]
@@ -547,27 +474,6 @@ mod tests {
         assert_eq!(kept(all, &["bind"], true), "nosuid,nodev,nosymfollow");
         assert_eq!(kept(all, &["bind", "ro"], true), "nosuid,nodev");
         assert_eq!(kept(all, &["bind", "dev", "noatime"], true), "nosuid");
-    }
-
-    #[test]
-    fn options_of_control_groups_are_those_of_the_kernel() {
-        let said = |kind: &str, options: &[&str]| {
-            let mount = json!({"destination": "/sys/fs/cgroup", "type": kind, "source": "cgroup", "options": options});
-            let mount = serde_json::from_value(mount).unwrap();
-            let adapted = adapt_mount("c", 0, Path::new("/"), &mount, false);
-            adapted.map_or_else(|error| error.to_string(), |_| String::new())
-        };
-        for kind in ["cgroup", "cgroup2"] {
-            let usual = ["rprivate", "nosuid", "noexec", "nodev", "relatime", "rw"];
-            assert_eq!(said(kind, &usual), "");
-            assert_eq!(said(kind, &["nsdelegate", "rro", "defaults"]), "");
-            assert_eq!(said(kind, &["context=\"a:b\""]), "");
-            let said = said(kind, &["ro", "invalid"]);
-            assert!(
-                said.contains("Invalid argument") && said.contains("\"invalid\""),
-                "{said}"
-            );
-        }
     }
 
     #[test]

@@ -35,7 +35,15 @@ fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
 
 fn check_process(process: &Process) -> Result<(), Error> {
     const ADJUSTMENTS: std::ops::RangeInclusive<i32> = -1000..=1000;
-    for limit in process.rlimits().iter().flatten() {
+    let limits = process.rlimits().as_deref().unwrap_or_default();
+    for (index, limit) in limits.iter().enumerate() {
+        if limits[..index]
+            .iter()
+            .any(|other| other.typ() == limit.typ())
+        {
+            let reason = format!("{}: there are two limits of this type", limit.typ());
+            return Err(Error::invalid("process.rlimits", reason));
+        }
         if limit.soft() > limit.hard() {
             let (kind, soft, hard) = (limit.typ(), limit.soft(), limit.hard());
             let reason = format!("{kind}: the soft limit {soft} is above the hard limit {hard}");
@@ -248,6 +256,7 @@ fn check_resources(resources: &LinuxResources) -> Result<(), Error> {
     if let Some(cpu) = resources.cpu() {
         check_cpu(cpu)?;
     }
+    check_rdma(resources)?;
     let files = resources.unified().iter().flatten();
     for (file, _) in files {
         let reason = match (file.contains('/'), file.split_once('.')) {
@@ -261,6 +270,25 @@ fn check_resources(resources: &LinuxResources) -> Result<(), Error> {
         return Err(Error::invalid("linux.resources.unified", reason));
     }
     Ok(())
+}
+
+/// Refuses limits of RDMA devices.
+///
+/// # Errors
+/// The limit, by name.
+pub(crate) fn check_rdma(resources: &LinuxResources) -> Result<(), Error> {
+    const REASON: &str = "a guest has no RDMA devices";
+    if resources.rdma().as_ref().is_some_and(|all| !all.is_empty()) {
+        return Err(Error::unsupported("linux.resources.rdma", REASON));
+    }
+    let mut files = resources.unified().iter().flatten();
+    match files.find(|(file, _)| file.starts_with("rdma.")) {
+        Some((file, _)) => {
+            let reason = format!("{file}: {REASON}");
+            Err(Error::unsupported("linux.resources.unified", reason))
+        }
+        None => Ok(()),
+    }
 }
 
 fn check_memory(memory: &LinuxMemory) -> Result<(), Error> {
@@ -340,6 +368,11 @@ mod tests {
                 "/process/rlimits",
                 limits(9),
                 "RLIMIT_NOFILE: the soft limit 9",
+            ),
+            (
+                "/process/rlimits",
+                json!([limits(7)[0], limits(8)[0]]),
+                "RLIMIT_NOFILE: there are two",
             ),
             ("/process/oomScoreAdj", json!(1001), "1001 is outside"),
             (
@@ -460,6 +493,16 @@ mod tests {
                 "the quota 999",
             ),
             (
+                "/linux/resources/rdma",
+                json!({"mlx5_1": {"hcaHandles": 3}}),
+                "linux.resources.rdma",
+            ),
+            (
+                "/linux/resources/unified",
+                json!({"rdma.max": "mlx5_1 hca_handle=3"}),
+                "rdma.max: a guest has no",
+            ),
+            (
                 "/linux/resources/unified",
                 json!({"../memory.max": "1"}),
                 "no slashes",
@@ -508,6 +551,7 @@ mod tests {
                 "/linux/resources/cpu",
                 json!({"quota": 1000, "period": 1_000_000}),
             ),
+            ("/linux/resources/rdma", json!({})),
             ("/linux/resources/unified", json!({"memory.high": "1"})),
         ] {
             assert_eq!(said(pointer, value), "", "{pointer}");

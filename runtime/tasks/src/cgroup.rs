@@ -11,6 +11,9 @@ use std::path::{Component, Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// The slice of a systemd path that names none, as with runc.
+const DEFAULT_SLICE: &str = "system.slice";
+
 /// Overhead of a sandbox on the host beyond its guest's memory, in MiB: the monitor, and file data in transit. At rest it
 /// takes a few MiB (`docs/devices.md`).
 const MONITOR_MIB: u64 = 32;
@@ -21,9 +24,9 @@ const TABLES: u64 = 128;
 /// inode and a descriptor in the host kernel, while the guest kernel takes 1 KiB for it.
 const NODES: u64 = 4;
 
-/// Directory of a configuration's group. `slice:prefix:name` is the systemd form.
+/// Directory of a configuration's group. `slice:prefix:name` is the systemd form. As with runc, `..` never leads outside.
 ///
-/// `None` for a path that leads outside, and on a host without control groups of version 2.
+/// `None` for the root, an empty path, and on a host without control groups of version 2.
 pub(crate) fn directory(path: &Path) -> Option<PathBuf> {
     if !Path::new(ROOT).join("cgroup.controllers").exists() {
         return None;
@@ -39,6 +42,10 @@ fn below(root: &Path, path: &Path) -> Option<PathBuf> {
                 true => (*name).to_owned(),
                 false => format!("{prefix}-{name}.scope"),
             };
+            let slice = match slice.is_empty() {
+                true => DEFAULT_SLICE,
+                false => *slice,
+            };
             slices(slice).join(scope)
         }
         _ => PathBuf::from(text),
@@ -47,8 +54,10 @@ fn below(root: &Path, path: &Path) -> Option<PathBuf> {
     for component in path.components() {
         match component {
             Component::Normal(name) => group.push(name),
-            Component::RootDir | Component::CurDir => {}
-            _ => return None,
+            Component::ParentDir if group != root => {
+                group.pop();
+            }
+            _ => {}
         }
     }
     (group != root).then_some(group)
@@ -253,8 +262,19 @@ mod tests {
             at("kubepods-pod1.slice:cri-containerd:abc"),
             Some("/c/kubepods.slice/kubepods-pod1.slice/cri-containerd-abc.scope".into())
         );
-        assert_eq!(at("/../etc"), None);
-        assert_eq!(at("/"), None);
+        assert_eq!(at(":koya:a"), Some("/c/system.slice/koya-a.scope".into()));
+        for cleaned in [
+            "/../etc",
+            "../../etc",
+            "/a/b/../../etc",
+            "/./etc/",
+            "a/../../etc",
+        ] {
+            assert_eq!(at(cleaned), Some("/c/etc".into()), "{cleaned}");
+        }
+        for root in ["/", "", ".", "/..", "a/.."] {
+            assert_eq!(at(root), None, "{root}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::host_limits;
 use crate::machine::GuestContainer;
 use crate::process::{Action, Exit, Handle, Status};
 use crate::set::{ProcessOf, SIGKILL, Task, TaskSet};
+use crate::signal::terminates;
 use crate::size::Limits;
 use crate::terminate::send;
 use anyhow::anyhow;
@@ -19,7 +20,8 @@ const SIGTERM: u32 = 15;
 const LAST_SIGNAL: u32 = 64;
 
 impl TaskSet {
-    /// Sends a signal to a process, or to all of a task's: the init process, if `exec_id` is empty.
+    /// Sends a signal to a process, or to all of a task's: the init process, if `exec_id` is empty. One that has not been
+    /// started is ended by every signal that ends processes by default, and ignores the others.
     ///
     /// # Errors
     /// [`Error::Finished`] if it has ended.
@@ -32,7 +34,11 @@ impl TaskSet {
         }
         let Some(handle) = process.handle() else {
             // It has no process in the guest: a pod sandbox container, or one that was never started.
-            if ![SIGINT, SIGKILL, SIGTERM].contains(&signal) {
+            let ends = match task.is_pod() {
+                true => [SIGINT, SIGKILL, SIGTERM].contains(&signal),
+                false => terminates(signal),
+            };
+            if !ends {
                 return Ok(());
             }
             let exit = Exit::now(128 + signal);
@@ -48,6 +54,11 @@ impl TaskSet {
         };
         let all = all && exec_id.is_empty();
         let sent = match &handle {
+            // The kernel keeps other signals from the first process of a pid namespace, which has no handlers yet.
+            Handle::Init(container) if process.is_waiting() => match terminates(signal) {
+                true => container.kill(all),
+                false => Ok(()),
+            },
             Handle::Init(container) => send(&**container, signal as i32, all),
             Handle::Exec(process) => process.signal(signal as i32),
         };
@@ -92,7 +103,8 @@ impl TaskSet {
         Ok(())
     }
 
-    /// Changes a task's limits to those in `linux.resources` of a configuration; absent limits keep their values.
+    /// Changes a task's limits to those in `linux.resources` of a configuration; absent limits keep their values. A container
+    /// that the guest does not have yet gets them once it is created there.
     ///
     /// # Errors
     /// If the guest can't be enlarged accordingly, or can't set them.
@@ -118,9 +130,28 @@ impl TaskSet {
             self.resize_in_background();
             return changed;
         }
-        if let Some(group) = task.spec.cgroup().filter(|group| group.exists()) {
-            task.limit_time_on_host();
-            host_limits::apply(&group, resources)?;
+        match task.is_pod() || task.container().is_some() {
+            true => limit_on_host(&task, resources),
+            false => Ok(()),
+        }
+    }
+
+    /// Sets the limits of updates from before the container was created in the guest.
+    ///
+    /// # Errors
+    /// If the guest or the host can't.
+    pub(crate) fn set_pending_limits(
+        &self,
+        task: &Task,
+        container: &dyn GuestContainer,
+    ) -> Result<(), Error> {
+        let pending = self.change(|state| {
+            let entry = state.entry(task)?;
+            Some(std::mem::take(&mut entry.pending_limits))
+        });
+        for resources in pending.unwrap_or_default() {
+            container.update(&resources)?;
+            limit_on_host(task, &resources)?;
         }
         Ok(())
     }
@@ -133,9 +164,17 @@ impl TaskSet {
         before: Limits,
         after: Limits,
     ) -> Result<(), Error> {
-        let limit = || match task.is_pod() {
-            true => Ok(()),
-            false => Ok(task.running()?.update(resources)?),
+        let limit = || match task.container() {
+            _ if task.is_pod() => Ok(()),
+            Some(container) => Ok(container.update(resources)?),
+            None => {
+                self.change(|state| {
+                    if let Some(entry) = state.entry(task) {
+                        entry.pending_limits.push(resources.clone());
+                    }
+                });
+                Ok(())
+            }
         };
         let is_less = match (before.memory, after.memory) {
             (Some(before), Some(after)) => after < before,
@@ -211,4 +250,13 @@ impl TaskSet {
         self.process(&task, exec_id)?.close_stdin();
         Ok(())
     }
+}
+
+/// Sets the limits of the sandbox's control group.
+fn limit_on_host(task: &Task, resources: &oci::LinuxResources) -> Result<(), Error> {
+    if let Some(group) = task.spec.cgroup().filter(|group| group.exists()) {
+        task.limit_time_on_host();
+        host_limits::apply(&group, resources)?;
+    }
+    Ok(())
 }

@@ -119,6 +119,7 @@ impl TaskSet {
             let entry = Entry {
                 task: task.clone(),
                 limits: task.spec.limits(),
+                pending_limits: Vec::new(),
                 execs: HashMap::new(),
                 is_mounted: false,
                 is_busy: true,
@@ -306,6 +307,7 @@ impl TaskSet {
         }
         let container = self.make(task)?;
         self.spawn_exit_watcher(task)?;
+        self.set_pending_limits(task, &*container)?;
         Ok(container)
     }
 

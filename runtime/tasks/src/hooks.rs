@@ -122,11 +122,20 @@ pub fn run(
     each(kind, hooks, state, context, |failed| failed)
 }
 
-/// Runs all poststop hooks, even if some of them fail.
+/// Runs all poststop hooks, even if some of them fail, or the directory is gone: the bundle may be removed before the
+/// container.
 ///
 /// # Errors
 /// If no hook can be run at all.
 pub fn run_poststop(hooks: &[Hook], state: &State, context: HookContext<'_>) -> Result<(), Error> {
+    let directory = match context.directory.is_dir() {
+        true => context.directory,
+        false => Path::new("/"),
+    };
+    let context = HookContext {
+        directory,
+        ..context
+    };
     each(Kind::Poststop, hooks, state, context, |ran| {
         if let Err(error) = ran {
             log::warn!("{error:#}");
@@ -445,6 +454,14 @@ mod tests {
         let two = format!("touch {}", dir.path().join("two").display());
         let hooks = [hook(sh("exit 1")), hook(sh(&two))];
         run_poststop(&hooks, &state("c1"), here()).unwrap();
+        assert!(is_there(&dir.path().join("two")));
+        // The bundle is gone.
+        fs::remove_file(dir.path().join("two")).unwrap();
+        let gone = HookContext {
+            directory: Path::new("/no/such"),
+            network: None,
+        };
+        run_poststop(&hooks, &state("c1"), gone).unwrap();
         assert!(is_there(&dir.path().join("two")));
     }
 

@@ -5,7 +5,7 @@ use anyhow::Context as _;
 use koya::oci_spec::runtime as oci;
 use serde::Deserialize as _;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
 /// Spelling in the specification, and in the library.
@@ -65,6 +65,7 @@ fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T
             drop_nulls(&mut value);
             name_all_kinds(&mut value);
             if let Some(process) = value.pointer_mut(process) {
+                complete_user(process);
                 drop_unknown_capabilities(process);
                 respell_flags(process);
                 complete_priority(process);
@@ -97,24 +98,42 @@ fn name_all_kinds(spec: &mut Value) {
     }
 }
 
+/// Without a user, a process is root's, as with Go.
+fn complete_user(process: &mut Value) {
+    if let Some(process) = process.as_object_mut() {
+        let root = || json!({"uid": 0, "gid": 0});
+        process.entry("user").or_insert_with(root);
+    }
+}
+
 /// Removes unknown capabilities with a warning, like runc.
 fn drop_unknown_capabilities(process: &mut Value) {
-    let sets = process["capabilities"].as_object_mut();
+    let sets = process.pointer_mut("/capabilities");
+    let sets = sets.and_then(Value::as_object_mut);
     let sets = sets.into_iter().flat_map(|sets| sets.values_mut());
     let mut unknown = BTreeSet::new();
     for names in sets.filter_map(Value::as_array_mut) {
         names.retain(|name| {
             let is_known = oci::Capability::deserialize(name).is_ok();
             if !is_known {
-                unknown.insert(name.to_string());
+                let word = name.as_str().map(String::from);
+                unknown.insert(word.unwrap_or_else(|| name.to_string()));
             }
             is_known
         });
     }
     if !unknown.is_empty() {
-        let unknown: Vec<_> = unknown.into_iter().collect();
-        log::warn!("ignoring unknown capabilities: {}", unknown.join(", "));
+        log::warn!("{}", ignored(unknown));
     }
+}
+
+/// The warning, in runc's wording.
+fn ignored(unknown: BTreeSet<String>) -> String {
+    let unknown: Vec<_> = unknown.into_iter().collect();
+    format!(
+        "ignoring unknown or unavailable capabilities: [{}]",
+        unknown.join(" ")
+    )
 }
 
 fn respell_flags(process: &mut Value) {
@@ -138,7 +157,6 @@ fn complete_priority(process: &mut Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn process(more: Value) -> Value {
         let mut process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["sh"]});
@@ -198,6 +216,33 @@ mod tests {
             read_spec(config(&process).as_bytes()).is_err(),
             "something else is wrong"
         );
+    }
+
+    #[test]
+    fn ignored_capabilities_are_told_in_runcs_words() {
+        let unknown = ["CAP_NEW", "CAP_FLY"].map(String::from);
+        assert_eq!(
+            ignored(unknown.into_iter().collect()),
+            "ignoring unknown or unavailable capabilities: [CAP_FLY CAP_NEW]"
+        );
+    }
+
+    #[test]
+    fn a_process_without_a_user_is_roots() {
+        for user in [None, Some(Value::Null), Some(json!({}))] {
+            let mut process = json!({"cwd": "/", "args": ["sh"]});
+            if let Some(user) = user {
+                process["user"] = user;
+            }
+            let added = read_process(process.to_string().as_bytes()).unwrap();
+            let config = json!({"ociVersion": "1.2.0", "process": process}).to_string();
+            let spec = read_spec(config.as_bytes()).unwrap();
+            for process in [&added, spec.process().as_ref().unwrap()] {
+                assert_eq!((process.user().uid(), process.user().gid()), (0, 0));
+            }
+        }
+        // Not a process at all: the error is that of the library.
+        assert!(read_spec(br#"{"ociVersion": "1.2.0", "process": 5}"#).is_err());
     }
 
     #[test]

@@ -166,6 +166,11 @@ impl Process {
         }
     }
 
+    /// Whether nobody has asked for its start.
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(self.state.lock().phase, Phase::Created)
+    }
+
     pub(crate) fn status(&self) -> Status {
         self.state.lock().status()
     }

@@ -12,7 +12,7 @@ use crate::size::Limits;
 use crate::spec::{Role, Spec};
 use crate::stdio::StdioPaths;
 use crate::sync::{Guard, Level, Ordered};
-use koya::oci_spec::runtime::Hooks;
+use koya::oci_spec::runtime::{Hooks, LinuxResources};
 use koya::{Settings, Size};
 use std::collections::HashMap;
 use std::fs::File;
@@ -126,6 +126,8 @@ pub(crate) struct Entry {
     pub(crate) task: Arc<Task>,
     /// Its current limits.
     pub(crate) limits: Limits,
+    /// Updates of its limits from before it was created in the guest.
+    pub(crate) pending_limits: Vec<LinuxResources>,
     pub(crate) execs: HashMap<String, Arc<Exec>>,
     pub(crate) is_mounted: bool,
     /// Whether a request is changing it; one at a time may.

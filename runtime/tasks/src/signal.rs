@@ -34,9 +34,34 @@ pub fn by_name(text: &str) -> Option<i32> {
         .or_else(|| alias().map(|(_, signal)| *signal as i32))
 }
 
+/// Whether the default action of a signal ends a process (signal(7)).
+pub(crate) fn terminates(signal: u32) -> bool {
+    let others = [
+        Signal::SIGCHLD,
+        Signal::SIGCONT,
+        Signal::SIGSTOP,
+        Signal::SIGTSTP,
+        Signal::SIGTTIN,
+        Signal::SIGTTOU,
+        Signal::SIGURG,
+        Signal::SIGWINCH,
+    ];
+    signal != 0 && !others.iter().any(|other| *other as u32 == signal)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn most_signals_end_a_process() {
+        for ends in [1, 2, 3, 6, 9, 10, 12, 15, 29, 31, 34, 64] {
+            assert!(terminates(ends), "{ends}");
+        }
+        for ignored in [0, 17, 18, 19, 20, 21, 22, 23, 28] {
+            assert!(!terminates(ignored), "{ignored}");
+        }
+    }
 
     #[test]
     fn signals_have_names() {

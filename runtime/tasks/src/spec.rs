@@ -320,7 +320,8 @@ impl Spec {
     /// Sets the sandbox's control group, if the configuration names none.
     pub fn default_cgroup(&mut self, name: &str) {
         let mut linux = self.0.linux().clone().unwrap_or_default();
-        if linux.cgroups_path().is_none() {
+        let named = linux.cgroups_path().as_ref();
+        if named.is_none_or(|path| path.as_os_str().is_empty()) {
             linux.set_cgroups_path(Some(Path::new("/").join(name)));
             self.0.set_linux(Some(linux));
         }
@@ -500,6 +501,9 @@ mod tests {
         let mut unnamed = spec(json!({}));
         unnamed.default_cgroup("koya/c");
         assert_eq!(path(&unnamed), Some("/koya/c".into()));
+        let mut empty = spec(json!({"linux": {"cgroupsPath": ""}}));
+        empty.default_cgroup("koya/c");
+        assert_eq!(path(&empty), Some("/koya/c".into()));
         let mut named = spec(json!({"linux": {"cgroupsPath": "/a"}}));
         named.default_cgroup("koya/c");
         assert_eq!(path(&named), Some("/a".into()));

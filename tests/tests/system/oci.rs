@@ -399,6 +399,7 @@ fn hooks_run_on_the_host() -> Result<()> {
     );
     let bad = bundle("true", |config| {
         config["hooks"]["createRuntime"] = json!([{"path": "/bin/false"}]);
+        config["hooks"]["poststop"] = hook("poststop");
     })?;
     let failed = runtime.call(&["create", "--bundle", text(&bad)?, "b"])?;
     let said = String::from_utf8_lossy(&failed.stderr).into_owned();
@@ -406,6 +407,10 @@ fn hooks_run_on_the_host() -> Result<()> {
         failed.status.code() == Some(1) && said.contains("createRuntime hook #0"),
         "{said}"
     );
+    // Those of the first container, and of this one.
+    let ran = fs::read_to_string(&log)?;
+    let of_end = ran.lines().filter(|line| line.starts_with("poststop"));
+    ensure!(of_end.count() == 2, "{ran}");
     let guests = bundle("cat /dev/hooked", |config| {
         let script = "echo in the guest > /dev/hooked";
         config["hooks"]["startContainer"] =

@@ -47,6 +47,48 @@ fn one_that_is_killed_during_the_start_of_its_machine_has_ended_at_once() {
 }
 
 #[test]
+fn one_that_was_not_started_is_ended_by_what_ends_a_process() {
+    let rig = Rig::new();
+    rig.create_late("late").unwrap();
+    for ignored in [17, 18, 19, 28] {
+        rig.set.kill("late", "", ignored, false).unwrap();
+    }
+    rig.set.kill("late", "", 1, false).unwrap();
+    assert_eq!(rig.set.wait("late", "").unwrap().status, 129);
+
+    // The guest has this one.
+    let rig = Rig::new();
+    rig.create("c").unwrap();
+    rig.set.kill("c", "", 19, false).unwrap();
+    assert!(!rig.guest.was_called("kill c"));
+    rig.set.kill("c", "", 15, false).unwrap();
+    assert!(rig.guest.was_called("kill c"));
+    assert!(!rig.guest.was_called("signal 15 c"));
+    assert_eq!(rig.set.wait("c", "").unwrap().status, 137);
+}
+
+#[test]
+fn limits_from_before_the_creation_in_the_guest_are_kept() {
+    let rig = Rig::new();
+    rig.create_late("c").unwrap();
+    let resources = |mib: i64| -> oci::LinuxResources {
+        let resources = serde_json::json!({"memory": {"limit": mib << 20}});
+        serde_json::from_value(resources).unwrap()
+    };
+    rig.set.update("c", &resources(600)).unwrap();
+    rig.set.update("c", &resources(700)).unwrap();
+    assert!(!rig.guest.was_called("boot"));
+    rig.set.start("c", "").unwrap();
+    let calls = rig.guest.lock().calls.clone();
+    let own = calls.iter().filter(|call| call.ends_with(" c"));
+    let own: Vec<_> = own.map(String::as_str).collect();
+    assert_eq!(own, ["create c", "update c", "update c", "start c"]);
+    rig.set.update("c", &resources(600)).unwrap();
+    let updates = |calls: &[String]| calls.iter().filter(|call| *call == "update c").count();
+    assert_eq!(updates(&rig.guest.lock().calls), 3);
+}
+
+#[test]
 fn two_that_come_at_once_have_one_machine() {
     let rig = Rig::new();
     rig.guest.hold("boot");
