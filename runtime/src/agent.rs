@@ -24,6 +24,7 @@ use koya_protocol::messages::{
 };
 use koya_vmm::devices::fs::HostEvent;
 use koya_vmm::guest_text;
+pub(crate) use network::FORWARD_DNS;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::net::Shutdown;

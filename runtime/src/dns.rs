@@ -5,7 +5,7 @@
 //! guest: replies would go to the guest. So all IPv4 addresses are made local to the namespace, and queries to port 53 of
 //! any address are sent by the guest, over the container's network.
 
-use crate::agent::Agent;
+use crate::agent::{Agent, FORWARD_DNS};
 use crate::network::own_all_addresses;
 use crate::sync::lock;
 use crate::{Error, Sandbox};
@@ -27,8 +27,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const PORT: u16 = 53;
-/// What has failed, in errors.
-pub(crate) const OPERATION: &str = "forward DNS queries of the guest";
 /// Time limit for the name server, and for a guest to take its replies.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Maximum number of pending queries. Further ones are dropped, and retried by the resolver.
@@ -69,7 +67,7 @@ impl DnsForwarder {
             })?;
             Ok(Self { stream })
         };
-        started().map_err(Error::host(OPERATION))
+        started().map_err(Error::host(FORWARD_DNS))
     }
 }
 
@@ -338,16 +336,26 @@ mod tests {
             return;
         }
         // A thread, for a network namespace that ends with it.
-        let received = std::thread::spawn(|| {
+        let answers = std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            crate::network::set_loopback_up().unwrap();
+            crate::network::set_up_for_test(Ipv4Addr::new(192, 0, 2, 3), 24).unwrap();
             let others = others().unwrap();
-            let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            client.send_to(b"question", ("192.0.2.1", PORT)).unwrap();
-            let mut polled = [PollFd::new(&others, PollFlags::IN)];
-            poll(&mut polled, Some(&LIMIT.try_into().unwrap())).unwrap();
-            receive(&others).expect("a query").server
+            // On the network of the interface, and elsewhere.
+            ["192.0.2.1", "198.51.100.1"].map(|server| {
+                let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+                client.set_read_timeout(Some(LIMIT)).unwrap();
+                client.connect((server, PORT)).unwrap();
+                client.send(b"question").unwrap();
+                let mut polled = [PollFd::new(&others, PollFlags::IN)];
+                poll(&mut polled, Some(&LIMIT.try_into().unwrap())).unwrap();
+                let question = receive(&others).expect("a query");
+                assert_eq!(question.server.to_string(), server);
+                question.answer(&others, b"answer");
+                let mut answer = [0; 16];
+                let len = client.recv(&mut answer).unwrap();
+                answer[..len].to_vec()
+            })
         });
-        assert_eq!(received.join().unwrap(), Ipv4Addr::new(192, 0, 2, 1));
+        assert_eq!(answers.join().unwrap(), [b"answer", b"answer"]);
     }
 }

@@ -13,6 +13,8 @@ use koya_vmm::NetConfig;
 use koya_vmm::devices::net::MacAddr;
 use koya_vmm::host::threads;
 use nix::sched::CloneFlags;
+#[cfg(test)]
+use rtnetlink::LinkVeth;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -20,6 +22,7 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
+use rtnetlink::packet_route::rule::RuleAction;
 use rtnetlink::packet_route::tc::TcMessage;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::fs::File;
@@ -304,7 +307,9 @@ pub(crate) fn on_this_thread<T>(
     })
 }
 
-/// Makes all IPv4 addresses local to the calling thread's network namespace.
+/// Makes all IPv4 addresses local to the calling thread's network namespace, also those for which interfaces have more
+/// specific routes: the kernel searches the tables of local addresses and of these routes together until a namespace has a
+/// rule, so it gets one, which has no other effect.
 pub(crate) fn own_all_addresses() -> io::Result<()> {
     with_kernel(|handle| {
         Box::pin(async move {
@@ -318,19 +323,31 @@ pub(crate) fn own_all_addresses() -> io::Result<()> {
                 .output_interface(loopback)
                 .build();
             let added = handle.route().add(all).replace().execute().await;
-            added.map_err(other)
+            added.map_err(other)?;
+            let rule = handle.rule().add().v4().priority(1).table_id(LOCAL_TABLE);
+            let rule = rule.action(RuleAction::ToTable).replace();
+            rule.execute().await.map_err(other)
         })
     })
 }
 
-/// Sets the loopback interface of the calling thread's network namespace up, as the owners of namespaces do.
+/// Sets up the calling thread's network namespace as its owner does: with a loopback interface, and another one with this
+/// address.
 #[cfg(test)]
-pub(crate) fn set_loopback_up() -> io::Result<()> {
-    with_kernel(|handle| {
+pub(crate) fn set_up_for_test(address: Ipv4Addr, prefix: u8) -> io::Result<()> {
+    with_kernel(move |handle| {
         Box::pin(async move {
-            let loopback = link(&handle, "lo").await?.header.index;
-            let up = LinkUnspec::new_with_index(loopback).up().build();
-            handle.link().set(up).execute().await.map_err(other)
+            let pair = LinkVeth::new("eth0", "peer").build();
+            handle.link().add(pair).execute().await.map_err(other)?;
+            let interface = link(&handle, "eth0").await?.header.index;
+            let add = handle.address().add(interface, address.into(), prefix);
+            add.execute().await.map_err(other)?;
+            for name in ["lo", "peer", "eth0"] {
+                let index = link(&handle, name).await?.header.index;
+                let up = LinkUnspec::new_with_index(index).up().build();
+                handle.link().set(up).execute().await.map_err(other)?;
+            }
+            Ok(())
         })
     })
 }

@@ -1,7 +1,7 @@
 //! A sandbox: a virtual machine with the agent in it.
 
 use crate::Error;
-use crate::agent::{Agent, Connection};
+use crate::agent::{Agent, Connection, FORWARD_DNS};
 use crate::apparmor::confined;
 use crate::clock::Clock;
 use crate::config::SandboxConfig;
@@ -400,7 +400,7 @@ impl Sandbox {
         let asked = self.inner.agent.serve_names(address, &expected.token);
         asked.map_err(|error| self.inner.explain(error))?;
         let stream = expected.take();
-        let stream = stream.map_err(Error::host(crate::dns::OPERATION))?;
+        let stream = stream.map_err(Error::host(FORWARD_DNS))?;
         Ok((stream, self.inner.agent.clone()))
     }
 

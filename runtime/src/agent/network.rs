@@ -9,6 +9,9 @@ use koya_protocol::messages::{
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+/// The forwarding of DNS queries, in errors.
+pub(crate) const FORWARD_DNS: &str = "forward DNS queries of the guest";
+
 impl Agent {
     /// Connects a TCP port of the guest's loopback to the stream with this token.
     pub(crate) fn connect_port(&self, port: u16, token: &str) -> Result<(), Error> {
@@ -34,7 +37,7 @@ impl Agent {
             token: token.into(),
             ..Default::default()
         };
-        let operation = crate::dns::OPERATION;
+        let operation = FORWARD_DNS;
         self.ask(operation, LIMIT, |client, limit| {
             client.serve_names(limit, &request)
         })
