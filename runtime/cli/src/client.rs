@@ -2,6 +2,7 @@
 
 use super::at_once::at_once;
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
+use super::connection::{is_starting, no_connection};
 use super::control::{Answer, KILL_LIMIT, Request};
 use super::output::{complain, say};
 use super::parse::parse_signal;
@@ -102,7 +103,7 @@ pub(super) fn connect(name: &str) -> Result<(Directory, UnixStream)> {
     check_running(name, &directory)?;
     let stream = directory
         .connect(CONNECT_LIMIT)
-        .with_context(|| format!("container {name} does not answer"))?;
+        .map_err(|error| no_connection(name, error))?;
     Ok((directory, stream))
 }
 
@@ -319,9 +320,11 @@ fn send_to(name: &str, order: &Order) -> Outcome {
 }
 
 fn ask_one(name: &str, directory: &Directory, order: &Order) -> Outcome {
-    let answered = directory
-        .connect(CONNECT_LIMIT.min(order.limit_if_stopped))
-        .map_err(Into::into);
+    let answered = directory.connect(CONNECT_LIMIT.min(order.limit_if_stopped));
+    let answered = match answered {
+        Err(error) if is_starting(&error) => return Err(no_connection(name, error)),
+        answered => answered.map_err(Into::into),
+    };
     let mut ending = Ending::of(directory, order);
     let answered = answered
         .and_then(|stream| receive_with_timeout(name, directory, order, &mut ending, stream));
