@@ -198,6 +198,16 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
                 json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["koya"]}),
             ),
         ),
+        (
+            "CPUs that the host does not have",
+            one("/linux/resources/cpu", json!({"cpus": "0-5000"})),
+        ),
+        (
+            "CPUs of no number",
+            one("/linux/resources/cpu", json!({"cpus": "koya"})),
+        ),
+        ("no user", one("/process/user", Value::Null)),
+        ("a filter of nothing", one("/linux/seccomp", json!({}))),
         ("a hook at a relative path", hook(json!({"path": "true"}))),
         (
             "a hook of no time",
