@@ -6,13 +6,20 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+/// Time limit for a container that is starting. An image may have to be unpacked first.
+pub(super) const START_LIMIT: Duration = Duration::from_secs(30);
+
 impl Directory {
     /// Connects to the control socket. If a process accepts no connections, its backlog fills up: waits for a free place, up
-    /// to `limit`.
+    /// to `limit`. If the container is still starting, waits up to `start_limit`.
     ///
     /// # Errors
-    /// `TimedOut`, or `NotFound` if the container has not started within `limit`.
-    pub(super) fn connect(&self, limit: Duration) -> std::io::Result<UnixStream> {
+    /// `TimedOut`, or `NotFound` if the container has not been started in time.
+    pub(super) fn connect(
+        &self,
+        limit: Duration,
+        start_limit: Duration,
+    ) -> std::io::Result<UnixStream> {
         let started = Instant::now();
         self.socket(|path| {
             let address = SocketAddrUnix::new(path)?;
@@ -31,7 +38,7 @@ impl Directory {
                     }
                     // The container is still starting.
                     Err(Errno::NOENT | Errno::CONNREFUSED)
-                        if started.elapsed() < limit && self.is_running() =>
+                        if started.elapsed() < start_limit && self.is_running() =>
                     {
                         std::thread::sleep(Duration::from_millis(10));
                     }
@@ -66,12 +73,13 @@ mod tests {
     fn a_container_that_is_starting_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let (directory, mut child) = hanging(dir.path(), true);
-        let soon = directory.connect(Duration::from_millis(50)).unwrap_err();
+        let (short, long) = (Duration::from_millis(50), Duration::from_secs(60));
+        let soon = directory.connect(long, short).unwrap_err();
         let said = no_connection("c", soon).to_string();
         assert!(said.starts_with("container c is still starting"), "{said}");
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| directory.connect(Duration::from_secs(60)).is_ok());
-            std::thread::sleep(Duration::from_millis(50));
+            let waits = scope.spawn(|| directory.connect(short, long).is_ok());
+            std::thread::sleep(2 * short);
             let _listener = directory.listen().unwrap();
             assert!(waits.join().unwrap());
         });
@@ -86,7 +94,8 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         let started = Instant::now();
-        assert!(directory.connect(Duration::from_secs(60)).is_err());
+        let limit = Duration::from_secs(60);
+        assert!(directory.connect(limit, limit).is_err());
         assert!(started.elapsed() < Duration::from_secs(30));
     }
 }

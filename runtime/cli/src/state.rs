@@ -463,7 +463,7 @@ pub(super) mod tests {
         rustix::net::bind(&listener, &address).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
         let limit = Duration::from_millis(100);
-        let connected: Vec<_> = (0..4).map(|_| directory.connect(limit)).collect();
+        let connected: Vec<_> = (0..4).map(|_| directory.connect(limit, limit)).collect();
         assert!(connected[0].is_ok());
         let last = connected[3].as_ref().unwrap_err();
         assert_eq!(last.kind(), std::io::ErrorKind::TimedOut);
