@@ -337,11 +337,14 @@ const LATER_REFUSED: [&str; 2] = [
     "another time without its namespace",
 ];
 
-/// Cases that only a guest can judge: those of its file systems and control groups.
-const GUESTS: [&str; 3] = [
+/// Cases that only a guest can judge, those of its file systems and control groups, or that only the kernel of the host can:
+/// sets of CPUs are written to the sandbox's control group when there is a guest.
+const GUESTS: [&str; 5] = [
     "an option of no kind",
     "a file of no controller",
     "a file that its controller has not",
+    "CPUs that the host does not have",
+    "CPUs of no number",
 ];
 
 fn what_others_refuse_is_refused() -> Result<()> {
