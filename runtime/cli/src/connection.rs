@@ -40,7 +40,7 @@ impl Directory {
                     Err(Errno::NOENT | Errno::CONNREFUSED)
                         if started.elapsed() < start_limit && self.is_running() =>
                     {
-                        std::thread::sleep(Duration::from_millis(10));
+                        std::thread::sleep(Duration::from_millis(50));
                     }
                     Err(Errno::AGAIN) => return Err(std::io::ErrorKind::TimedOut.into()),
                     Err(error) => return Err(error.into()),
