@@ -9,6 +9,7 @@ use crate::configuration;
 use crate::executor::{self, Confinement, Program};
 use crate::places::{LATE_MOUNTS, PAUSE, READ_ONLY_DEV, WORKING_DIRECTORY, bundle};
 use crate::privileges::Privileges;
+use crate::refused_options;
 use crate::start_hooks::StartHooks;
 use crate::user_namespace::UserNamespace;
 use anyhow::{Context, Result, anyhow, bail};
@@ -176,7 +177,9 @@ fn create(id: &str, console: &str, extra_fds: &str, uid: &str) -> Result<i32> {
         .build();
     let container = built.map_err(|error| {
         let told = reason.read();
-        classify_error(error, told.or_else(|| no_first_directory(id)))
+        let known = told.or_else(|| no_first_directory(id));
+        let known = known.or_else(|| refused_by_the_kernel(id, &error));
+        classify_error(error, known)
     })?;
     Ok(container
         .pid()
@@ -193,6 +196,22 @@ fn classify_error(error: LibcontainerError, known: Option<ErrorReason>) -> anyho
         }
         (None, error) => error.into(),
     }
+}
+
+/// What libcontainer's error does not tell.
+fn refused_by_the_kernel(id: &str, error: &LibcontainerError) -> Option<ErrorReason> {
+    let spec = Spec::load(bundle(id).join(CONFIG)).ok()?;
+    refused_options::find(&spec).or_else(|| too_little_memory(&spec, &format!("{error:?}")))
+}
+
+/// A process that is killed before it can report anything has broken its channel.
+fn too_little_memory(spec: &Spec, error: &str) -> Option<ErrorReason> {
+    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+    let limit = resources.memory().as_ref()?.limit().filter(|l| *l > 0)?;
+    error.contains("BrokenChannel").then(|| {
+        let reason = format!("the limit of {limit} bytes is too low to start a process");
+        ErrorReason::Invalid(format!("linux.resources.memory: {reason}"))
+    })
 }
 
 fn load(id: &str) -> Result<Container> {
@@ -409,6 +428,24 @@ fn delete(id: &str) -> Result<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_memory_limit_that_is_too_low_is_named() {
+        let spec = |limit: i64| -> Spec {
+            let process = serde_json::json!({"cwd": "/", "user": {"uid": 0, "gid": 0}});
+            let resources = serde_json::json!({"memory": {"limit": limit}});
+            serde_json::from_value(
+                serde_json::json!({"ociVersion": "1.0.2", "process": process,
+                "linux": {"resources": resources}}),
+            )
+            .unwrap()
+        };
+        let died = r#"Channel(ReceiveError { source: BrokenChannel })"#;
+        let named = too_little_memory(&spec(4096), died).map(|reason| reason.to_string());
+        assert!(named.unwrap().contains("4096 bytes is too low"));
+        assert_eq!(too_little_memory(&spec(4096), "Io"), None);
+        assert_eq!(too_little_memory(&spec(-1), died), None);
+    }
 
     #[test]
     fn a_helpers_outcome_keeps_its_kind_whatever_its_text_says() {

@@ -32,6 +32,7 @@ mod oom;
 mod places;
 mod privileges;
 mod reaper;
+mod refused_options;
 mod root_setup;
 mod service;
 mod start_hooks;

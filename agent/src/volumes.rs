@@ -160,7 +160,7 @@ pub(crate) fn mount_memory(
 }
 
 /// Whether an option applies to a mount and not to the file system: a flag (possibly recursive), or propagation.
-fn is_of_mount(option: &str) -> bool {
+pub(crate) fn is_of_mount(option: &str) -> bool {
     const PROPAGATION: [&str; 4] = ["shared", "slave", "private", "unbindable"];
     let is_known =
         |option: &str| PROPAGATION.contains(&option) || options(&[option.to_owned()]).1.is_empty();

@@ -126,6 +126,8 @@ impl ContainerCreation<'_> {
         resources.namespaces = bundle.shared.clone();
         let mut adapted = oci::adapt(id, bundle, root, accounts)?;
         if root == Root::Directory {
+            let mounts = adapted.spec.mounts().as_deref().unwrap_or_default();
+            mount_points::check_ordinary(&rootfs, mounts)?;
             mount_points::make(&rootfs, &adapted.mount_points)?;
             mount_points::make_links(&rootfs, &adapted.links)?;
             let root = adapted.spec.root().as_ref();

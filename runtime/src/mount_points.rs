@@ -6,6 +6,7 @@
 use crate::Error;
 use crate::oci::Link;
 use koya_rootfs::{Kind, Rootfs};
+use oci_spec::runtime::Mount;
 use std::path::Path;
 
 /// Creates the mount points that `rootfs` lacks. `mounts` are destinations in the container in mount order, each with a
@@ -59,6 +60,31 @@ pub(crate) fn check<P: AsRef<Path>>(
     let root = open(rootfs)?;
     in_the_root(mounts)
         .try_for_each(|(destination, is_file)| check_type(&root, destination, is_file))
+}
+
+/// Checks that no process or device information (`proc`, `sysfs`) is to be mounted at a symbolic link, which the guest would
+/// refuse as runc does, but without the reason.
+///
+/// # Errors
+/// The mount point that is a link.
+pub(crate) fn check_ordinary(rootfs: &Path, mounts: &[Mount]) -> Result<(), Error> {
+    let root = open(rootfs)?;
+    for (index, mount) in mounts.iter().enumerate() {
+        let at = mount.destination();
+        let is_within = mounts[..index]
+            .iter()
+            .any(|earlier| at.starts_with(earlier.destination()));
+        let is_own = matches!(mount.typ().as_deref(), Some("proc" | "sysfs"));
+        if let Some(target) = root.link(at).filter(|_| is_own && !is_within) {
+            let reason = format!(
+                "{} is a symbolic link to {} in the root file system, but has to be a directory",
+                at.display(),
+                target.display()
+            );
+            return Err(Error::invalid("mounts", reason));
+        }
+    }
+    Ok(())
 }
 
 fn open(rootfs: &Path) -> Result<Rootfs, Error> {
@@ -222,5 +248,23 @@ mod tests {
         assert!(root.join("run/systemd/resolve/stub").is_file());
         assert!(root.join("etc/resolv.conf").is_symlink());
         make(root, &[(Path::new("/a/x"), Some(false))]).unwrap_err();
+    }
+
+    #[test]
+    fn proc_and_sysfs_are_not_mounted_at_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        std::os::unix::fs::symlink("/tmp", root.join("proc")).unwrap();
+        std::fs::create_dir(root.join("sys")).unwrap();
+        let mount = |at: &str, kind: &str| -> Mount {
+            let mount = serde_json::json!({"destination": at, "type": kind, "source": kind});
+            serde_json::from_value(mount).unwrap()
+        };
+        let check = |mounts: &[Mount]| check_ordinary(root, mounts).map_err(|e| e.to_string());
+        let refused = check(&[mount("/sys", "sysfs"), mount("/proc", "proc")]).unwrap_err();
+        let reason = "/proc is a symbolic link to /tmp in the root file system";
+        assert!(refused.contains(reason), "{refused}");
+        check(&[mount("/proc", "tmpfs"), mount("/proc", "proc")]).unwrap();
+        check(&[mount("/sys", "sysfs"), mount("/missing", "proc")]).unwrap();
     }
 }

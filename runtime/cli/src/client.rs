@@ -2,6 +2,7 @@
 
 use super::at_once::at_once;
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
+use super::connection::{START_LIMIT, is_starting, no_connection};
 use super::control::{Answer, KILL_LIMIT, Request};
 use super::output::{complain, say};
 use super::parse::parse_signal;
@@ -97,20 +98,26 @@ fn check_running(name: &str, directory: &Directory) -> Result<()> {
     }
 }
 
-pub(super) fn connect(name: &str) -> Result<(Directory, UnixStream)> {
+fn connect(name: &str, start_limit: Duration) -> Result<(Directory, UnixStream)> {
     let directory = Directory::find(name)?;
     check_running(name, &directory)?;
     let stream = directory
-        .connect(CONNECT_LIMIT)
-        .with_context(|| format!("container {name} does not answer"))?;
+        .connect(CONNECT_LIMIT, start_limit)
+        .map_err(|error| no_connection(name, error))?;
     Ok((directory, stream))
 }
 
 /// Sends one request and returns the reply.
 pub(super) fn ask(name: &str, request: &Request) -> Result<Answer> {
-    let (_, stream) = connect(name)?;
-    if matches!(request, Request::Stats) {
-        // One hanging container must not hide the others.
+    // One hanging container must not hide the others.
+    let is_stats = matches!(request, Request::Stats);
+    let start_limit = if is_stats {
+        Duration::ZERO
+    } else {
+        START_LIMIT
+    };
+    let (_, stream) = connect(name, start_limit)?;
+    if is_stats {
         stream.set_read_timeout(Some(KILL_LIMIT))?;
     }
     send(&stream, request, &[])?;
@@ -154,7 +161,7 @@ fn hear_end(name: &str, wire: &mut Wire) -> Outcome {
 
 pub(super) fn exec(args: &ExecArgs) -> Outcome {
     check_terminal(args.tty, args.interactive)?;
-    let (_, stream) = connect(&args.name)?;
+    let (_, stream) = connect(&args.name, START_LIMIT)?;
     let request = Request::Exec {
         args: args.command.clone(),
         env: args.env.read()?,
@@ -277,7 +284,7 @@ impl<'a> Ending<'a> {
 
 /// Number of writes to a container's disks, and whether the host is processing more.
 fn ask_writes(directory: &Directory, limit: Duration) -> Result<(u64, bool)> {
-    let stream = directory.connect(limit)?;
+    let stream = directory.connect(limit, Duration::ZERO)?;
     stream.set_read_timeout(Some(limit))?;
     send(&stream, &Request::Writes, &[])?;
     match Wire::new(stream).receive()? {
@@ -319,9 +326,11 @@ fn send_to(name: &str, order: &Order) -> Outcome {
 }
 
 fn ask_one(name: &str, directory: &Directory, order: &Order) -> Outcome {
-    let answered = directory
-        .connect(CONNECT_LIMIT.min(order.limit_if_stopped))
-        .map_err(Into::into);
+    let answered = directory.connect(CONNECT_LIMIT.min(order.limit_if_stopped), START_LIMIT);
+    let answered = match answered {
+        Err(error) if is_starting(&error) => return Err(no_connection(name, error)),
+        answered => answered.map_err(Into::into),
+    };
     let mut ending = Ending::of(directory, order);
     let answered = answered
         .and_then(|stream| receive_with_timeout(name, directory, order, &mut ending, stream));
@@ -409,7 +418,7 @@ pub(super) fn kill(args: &KillArgs) -> Outcome {
 }
 
 pub(super) fn console(args: &ConsoleArgs) -> Outcome {
-    let (_, stream) = connect(&args.name)?;
+    let (_, stream) = connect(&args.name, START_LIMIT)?;
     send(&stream, &Request::Console, &[])?;
     let mut wire = Wire::new(stream);
     let ExecReply::Started(fds) = receive_reply(&args.name, &mut wire)? else {

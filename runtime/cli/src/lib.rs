@@ -8,6 +8,7 @@ mod attach;
 mod check;
 mod client;
 mod config;
+mod connection;
 mod container_log;
 mod control;
 mod datagrams;

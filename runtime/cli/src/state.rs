@@ -10,13 +10,12 @@ use crate::removal::remove_tree;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -142,37 +141,11 @@ impl Directory {
             .with_context(|| format!("cannot listen in {}", self.0.display()))
     }
 
-    /// Connects to the control socket. If a process accepts no connections, its backlog fills up: waits for a free place, up
-    /// to `limit`.
-    ///
-    /// # Errors
-    /// `TimedOut`, or an error if the socket does not exist.
-    pub(super) fn connect(&self, limit: Duration) -> std::io::Result<UnixStream> {
-        let started = Instant::now();
-        self.socket(|path| {
-            let address = SocketAddrUnix::new(path)?;
-            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            loop {
-                let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-                match connect(&socket, &address) {
-                    Ok(()) => {
-                        let stream = UnixStream::from(socket);
-                        stream.set_nonblocking(false)?;
-                        return Ok(stream);
-                    }
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) if started.elapsed() < limit => {
-                        std::thread::sleep(Duration::from_millis(10));
-                    }
-                    Err(Errno::AGAIN) => return Err(std::io::ErrorKind::TimedOut.into()),
-                    Err(error) => return Err(error.into()),
-                }
-            }
-        })
-    }
-
     /// Calls `act` with a short path: that of the directory may exceed the limit of socket addresses.
-    fn socket<T>(&self, act: impl FnOnce(&Path) -> std::io::Result<T>) -> std::io::Result<T> {
+    pub(super) fn socket<T>(
+        &self,
+        act: impl FnOnce(&Path) -> std::io::Result<T>,
+    ) -> std::io::Result<T> {
         let directory = File::open(&self.0)?;
         act(Path::new(&format!(
             "/proc/self/fd/{}/control.sock",
@@ -444,6 +417,7 @@ pub(super) fn sweep() -> Result<()> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
     use std::os::unix::fs::PermissionsExt;
 
     /// A newer koya lists containers of an older one, and vice versa: a record as written by version 0.1, with an additional
@@ -489,7 +463,7 @@ pub(super) mod tests {
         rustix::net::bind(&listener, &address).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
         let limit = Duration::from_millis(100);
-        let connected: Vec<_> = (0..4).map(|_| directory.connect(limit)).collect();
+        let connected: Vec<_> = (0..4).map(|_| directory.connect(limit, limit)).collect();
         assert!(connected[0].is_ok());
         let last = connected[3].as_ref().unwrap_err();
         assert_eq!(last.kind(), std::io::ErrorKind::TimedOut);

@@ -72,7 +72,11 @@ impl Bundle {
         let root = Root::of(&self.rootfs)?;
         let adapted = adapt("container", self.clone(), root, &Accounts::default())?;
         match root {
-            Root::Directory => mount_points::check(&self.rootfs, &adapted.mount_points),
+            Root::Directory => {
+                mount_points::check(&self.rootfs, &adapted.mount_points)?;
+                let mounts = adapted.spec.mounts().as_deref().unwrap_or_default();
+                mount_points::check_ordinary(&self.rootfs, mounts)
+            }
             Root::Image => Ok(()),
         }
     }

@@ -25,10 +25,13 @@ pub fn read_process(text: &[u8]) -> anyhow::Result<oci::Process> {
 /// Parses a container's configuration.
 pub(crate) fn read_spec(text: &[u8]) -> serde_json::Result<oci::Spec> {
     let mut spec: oci::Spec = read(text, "/process")?;
-    if let Some(linux) = spec.linux_mut()
-        && let Some(resources) = linux.resources_mut()
-    {
-        drop_unset_pids(resources, text, "/linux/resources");
+    if let Some(linux) = spec.linux_mut() {
+        if let Some(resources) = linux.resources_mut() {
+            drop_unset_pids(resources, text, "/linux/resources");
+        }
+        if linux.rootfs_propagation().as_deref() == Some("") {
+            linux.set_rootfs_propagation(None);
+        }
     }
     Ok(spec)
 }
@@ -64,11 +67,13 @@ fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T
             let mut value: Value = serde_json::from_slice(text).ok()?;
             drop_nulls(&mut value);
             name_all_kinds(&mut value);
+            drop_empty_filter(&mut value);
             if let Some(process) = value.pointer_mut(process) {
                 complete_user(process);
                 drop_unknown_capabilities(process);
                 respell_flags(process);
                 complete_priority(process);
+                complete_user(process);
             }
             serde_json::from_value(value).ok()
         };
@@ -154,6 +159,33 @@ fn complete_priority(process: &mut Value) {
     }
 }
 
+/// A process without a user is root's, as with runc and crun.
+fn complete_user(process: &mut Value) {
+    if let Some(process) = process.as_object_mut() {
+        let user = process.entry("user").or_insert_with(|| json!({}));
+        if let Some(user) = user.as_object_mut() {
+            for id in ["uid", "gid"] {
+                user.entry(id).or_insert_with(|| 0.into());
+            }
+        }
+    }
+}
+
+/// Removes a filter of system calls without a default action and without calls: it is none, as with runc.
+fn drop_empty_filter(spec: &mut Value) {
+    let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) else {
+        return;
+    };
+    let is_empty = linux.get("seccomp").is_some_and(|filter| {
+        let action = filter.get("defaultAction").and_then(Value::as_str);
+        let calls = filter.get("syscalls").and_then(Value::as_array);
+        action.unwrap_or_default().is_empty() && calls.is_none_or(Vec::is_empty)
+    });
+    if is_empty {
+        linux.remove("seccomp");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,6 +212,28 @@ mod tests {
         assert_eq!(resources.devices().as_ref().unwrap()[0].typ(), None);
         assert!(spec.process().is_none());
         assert!(resources.pids().is_none(), "no limit is none");
+    }
+
+    #[test]
+    fn what_is_left_out_has_the_value_that_go_gives_it() {
+        let read = |process: Value, seccomp: Value| {
+            let linux = json!({"rootfsPropagation": "", "seccomp": seccomp});
+            let text = json!({"ociVersion": "1.0.2", "process": process, "linux": linux});
+            read_spec(text.to_string().as_bytes())
+        };
+        let nobody = json!({"cwd": "/", "args": ["sh"]});
+        let spec = read(nobody.clone(), json!({})).unwrap();
+        let user = spec.process().as_ref().unwrap().user();
+        assert_eq!((user.uid(), user.gid()), (0, 0));
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.seccomp().is_none() && linux.rootfs_propagation().is_none());
+        let group = process(json!({"user": {"gid": 5}}));
+        let spec = read(group, json!({"defaultAction": "", "syscalls": []})).unwrap();
+        let user = spec.process().as_ref().unwrap().user();
+        assert_eq!((user.uid(), user.gid()), (0, 5));
+        let call = json!({"names": ["read"], "action": "SCMP_ACT_ALLOW"});
+        let refused = read(nobody, json!({"syscalls": [call]}));
+        assert!(refused.is_err(), "calls need a default action");
     }
 
     #[test]

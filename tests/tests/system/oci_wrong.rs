@@ -198,6 +198,16 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
                 json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["koya"]}),
             ),
         ),
+        (
+            "CPUs that the host does not have",
+            one("/linux/resources/cpu", json!({"cpus": "0-5000"})),
+        ),
+        (
+            "CPUs of no number",
+            one("/linux/resources/cpu", json!({"cpus": "koya"})),
+        ),
+        ("no user", one("/process/user", Value::Null)),
+        ("a filter of nothing", one("/linux/seccomp", json!({}))),
         ("a hook at a relative path", hook(json!({"path": "true"}))),
         (
             "a hook of no time",
@@ -327,11 +337,14 @@ const LATER_REFUSED: [&str; 2] = [
     "another time without its namespace",
 ];
 
-/// Cases that only a guest can judge: those of its file systems and control groups.
-const GUESTS: [&str; 3] = [
+/// Cases that only a guest can judge, those of its file systems and control groups, or that only the kernel of the host can:
+/// sets of CPUs are written to the sandbox's control group when there is a guest.
+const GUESTS: [&str; 5] = [
     "an option of no kind",
     "a file of no controller",
     "a file that its controller has not",
+    "CPUs that the host does not have",
+    "CPUs of no number",
 ];
 
 fn what_others_refuse_is_refused() -> Result<()> {
