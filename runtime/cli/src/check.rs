@@ -193,8 +193,6 @@ fn fastest(mut measure: impl FnMut() -> Result<f64, String>) -> Result<f64, Stri
 
 /// Instructions per second of a guest that only counts, without the time of an empty run.
 fn measure() -> Result<f64, String> {
-    // The first one fills caches, which can take longer than the counting.
-    time_of(1)?;
     let empty = time_of(1)?;
     let full = time_of(ROUNDS)?;
     let counting = full.saturating_sub(empty).max(Duration::from_micros(10));
