@@ -45,6 +45,17 @@ pub enum StartError {
         /// The maximum.
         max: usize,
     },
+    /// More CPUs than this host's KVM supports.
+    #[error(
+        "guests on this host can have up to {max} CPUs{}, {asked} were asked for",
+        arch::CPU_LIMIT
+    )]
+    TooManyCpus {
+        /// The number of CPUs requested, with those that can be turned on later.
+        asked: u32,
+        /// The maximum.
+        max: usize,
+    },
     /// The host could not create a thread or a descriptor.
     #[error("cannot {operation}")]
     Host {
@@ -176,10 +187,18 @@ impl VmBuilder {
 
     fn build(self) -> Result<Built, StartError> {
         let kvm = kvm::open_device()?;
+        let asked = self.spec.cpus.count;
         let built = self.build_with(&kvm);
-        built.map_err(|error| match kvm::missing(&kvm) {
-            Some(name) => KvmError::Missing(name).into(),
-            None => error,
+        // Limits of the host are looked at only now: each costs a call.
+        built.map_err(|error| {
+            if let Some(name) = kvm::missing(&kvm) {
+                return KvmError::Missing(name).into();
+            }
+            let max = kvm.get_max_vcpus();
+            match asked as usize > max {
+                true => StartError::TooManyCpus { asked, max },
+                false => error,
+            }
         })
     }
 
@@ -193,7 +212,7 @@ impl VmBuilder {
         let kickers: Vec<_> = (0..cpus).map(|_| Kicker::default()).collect();
         let vcpus = make_vcpus(&features, &machine, &kickers)?;
         // Some interrupt controllers are complete only when all vCPUs exist. Interrupt sources are connected after that.
-        let interrupts = arch::finish_vm(machine.fd(), cpus)?;
+        let interrupts = arch::finish_vm(machine.fd())?;
         let mut parts = Parts {
             machine,
             memory,

@@ -11,10 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Whether programs for this machine are built with musl.
-pub(crate) fn has_musl() -> bool {
-    let here = Arch::of_this_machine();
-    host_target(here) == here.musl()
+/// Whether programs for hosts are built with musl.
+pub(crate) fn has_musl(arch: Arch) -> bool {
+    host_target(arch) == arch.musl()
 }
 
 /// Target of programs for the host: a static musl program executes no CPUID instruction before main, each of which exits if
@@ -142,23 +141,28 @@ pub(crate) fn vsock_load() -> Result<PathBuf> {
     for_guests(Arch::of_this_machine(), "koya-benches", "vsock_load")
 }
 
-/// Builds the static examples of the monitor, for its benches; returns their directory.
+/// Builds the static examples of the monitor for this machine, for its benches; returns their directory.
 pub(crate) fn examples() -> Result<PathBuf> {
     let arch = Arch::of_this_machine();
     for_host(arch, &["koya-vmm"], &["--examples"])?;
     Ok(released(arch, "examples"))
 }
 
+/// Builds one of them, for an architecture; returns its path.
+pub(crate) fn example(arch: Arch, name: &str) -> Result<PathBuf> {
+    for_host(arch, &["koya-vmm"], &["--example", name])?;
+    Ok(released(arch, "examples").join(name))
+}
+
 /// Builds a program of the benches for the host, linked like koya; returns its path.
-pub(crate) fn bench(program: &str) -> Result<PathBuf> {
-    let arch = Arch::of_this_machine();
+pub(crate) fn bench(arch: Arch, program: &str) -> Result<PathBuf> {
     for_host(arch, &["koya-benches"], &["--bin", program])?;
     Ok(released(arch, program))
 }
 
 /// The init that reports that a guest is up.
-pub(crate) fn up() -> Result<PathBuf> {
-    for_guests(Arch::of_this_machine(), "koya-benches", "up")
+pub(crate) fn up(arch: Arch) -> Result<PathBuf> {
+    for_guests(arch, "koya-benches", "up")
 }
 
 /// Static: no libraries are loaded at its start, and it runs on any distribution.

@@ -1,6 +1,7 @@
 //! `cargo xtask demo`: from a fresh clone to a container in a virtual machine.
 
 use crate::arch::{Arch, ArchArgs};
+use crate::rig::Model;
 use crate::{build, proc, rig};
 use anyhow::{Context, Result};
 use std::fs;
@@ -46,7 +47,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<u8> {
             memory_mib: 4096,
             cpus: 2,
         };
-        rig::boot(arch, &command, &env, &limits)?
+        rig::boot(arch, Model::default(), &command, &env, &limits)?
     };
     eprintln!(
         "building: {built:.1?}; starting the host, the guest and the container: {:.1?}",
@@ -64,11 +65,7 @@ pub(crate) fn make_busybox_rootfs(arch: Arch, rootfs: &std::path::Path) -> Resul
         fs::create_dir_all(rootfs.join(dir))?;
     }
     let busybox = rootfs.join("bin/busybox");
-    let program = match arch.is_native() {
-        true => "/bin/busybox".into(),
-        false => rig::programs(arch)?.join("bin/busybox"),
-    };
-    fs::copy(program, &busybox).context("busybox-static is not installed")?;
+    fs::copy(rig::busybox(arch)?, &busybox).context("busybox-static is not installed")?;
     fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
     fs::write(rootfs.join("etc/group"), "root:x:0:\n")?;
     // The same version in Debian has the same applets on all architectures.

@@ -6,9 +6,11 @@
 
 mod host;
 mod hung;
+mod model;
 mod platform;
 
-pub(crate) use host::{Host, programs};
+pub(crate) use host::{Host, busybox, programs};
+pub(crate) use model::Model;
 
 use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
@@ -41,6 +43,8 @@ const MONITOR: &str = "monitor";
 pub(crate) struct RigArgs {
     #[command(flatten)]
     arch: ArchArgs,
+    #[command(flatten)]
+    model: Model,
     /// Select the KVM: `auto` uses that of the machine if it is hardware virtualization
     #[arg(long, default_value = "auto")]
     kvm: Kvm,
@@ -75,19 +79,23 @@ enum Kvm {
 pub(crate) fn run(args: RigArgs) -> Result<u8> {
     setup::ensure()?;
     let arch = args.arch.arch();
-    let products = match args.no_build {
-        true => build::Products::places_of(arch),
-        false => build::ensure_for(arch)?,
-    };
-    let env = products.env();
+    args.model.check(arch, args.cpus)?;
     let host = match args.kvm {
-        Kvm::Auto => hardware_kvm(arch),
+        Kvm::Auto => !args.model.is_chosen() && hardware_kvm(arch),
+        Kvm::Host if args.model.is_chosen() => {
+            bail!("--cpu and --gic select an emulated host, not this machine: remove --kvm host")
+        }
         Kvm::Host if !arch.is_native() => {
             bail!("this machine's /dev/kvm runs no {} guests", arch.name())
         }
         Kvm::Host => true,
         Kvm::Emulated => false,
     };
+    let products = match args.no_build {
+        true => build::Products::places_of(arch),
+        false => build::ensure_for(arch)?,
+    };
+    let env = products.env();
     if host {
         eprintln!("rig: this machine's own /dev/kvm");
         return run_here(&args.command, &env);
@@ -97,7 +105,7 @@ pub(crate) fn run(args: RigArgs) -> Result<u8> {
         memory_mib: args.memory,
         cpus: args.cpus,
     };
-    boot(arch, &args.command, &env, &limits)
+    boot(arch, args.model, &args.command, &env, &limits)
 }
 
 /// Limits of a rig.
@@ -141,6 +149,7 @@ fn run_here(command: &[String], env: &[(String, String)]) -> Result<u8> {
 /// Boots the emulated host and runs `command` in it; returns its exit status.
 pub(crate) fn boot(
     arch: Arch,
+    model: Model,
     command: &[String],
     env: &[(String, String)],
     limits: &Limits,
@@ -163,7 +172,7 @@ pub(crate) fn boot(
     )?;
 
     let started = Instant::now();
-    let mut qemu = Qemu::start(&host, &run, limits, interactive)?;
+    let mut qemu = Qemu::start(&host, model, &run, limits, interactive)?;
     let watched = qemu.watch(started, limits.timeout);
     let state = watched.is_err().then(|| hung::look(&run.path(MONITOR)));
     qemu.stop();
@@ -271,7 +280,13 @@ struct Qemu {
 }
 
 impl Qemu {
-    fn start(host: &Host, run: &RunDir, limits: &Limits, interactive: bool) -> Result<Self> {
+    fn start(
+        host: &Host,
+        model: Model,
+        run: &RunDir,
+        limits: &Limits,
+        interactive: bool,
+    ) -> Result<Self> {
         // QEMU opens the pipes by their /proc names, whatever our own stdout is.
         let (out_read, out_write) = pipe_with(PipeFlags::CLOEXEC)?;
         let (err_read, err_write) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -282,7 +297,7 @@ impl Qemu {
         let mut command = host.qemu();
         command
             .args(["-accel", "tcg,thread=multi"])
-            .args(host.platform.machine)
+            .args(host.platform.machine(model))
             .args(["-smp", &limits.cpus.to_string()])
             .args(["-m", &limits.memory_mib.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none"])

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: all tests, cheapest first.
 
 use crate::arch::{Arch, ArchArgs};
+use crate::rig::{self, Model};
 use crate::{apt, build, cache, lint, proc};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -12,9 +13,14 @@ use std::process::{Command, Stdio};
 pub(crate) struct TestArgs {
     #[command(flatten)]
     arch: ArchArgs,
+    #[command(flatten)]
+    model: Model,
     /// Run only the tests that need no Linux guest
     #[arg(long)]
     quick: bool,
+    /// Leave out the Linux guests on emulated aarch64 hosts, which a run of all tests on x86_64 includes (`smoke`)
+    #[arg(long)]
+    only_native: bool,
     /// Leave out the Linux guests that passed in earlier runs with this option; the others are run, and stored when they
     /// pass
     #[arg(long)]
@@ -31,9 +37,10 @@ const EXAMPLES: [&str; 4] = ["--example", "console", "--example", "hello"];
 /// other features for it alone.
 const NO_SYSTEM_TESTS: &str = "KOYA_TEST_NONE";
 
-/// Lints, unit tests and tiny guests, then Linux guests in the rig.
+/// Lints, unit tests and tiny guests, then Linux guests in the rig, and a few of aarch64.
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     let arch = args.arch.arch();
+    args.model.check(arch, 1)?;
     if !arch.is_native() {
         return run_foreign(arch, args);
     }
@@ -56,15 +63,11 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     };
     eprintln!("test: units and tiny guests on this machine");
     proc::run(test(&["--workspace"]).env(NO_SYSTEM_TESTS, "1"))?;
-    if build::has_musl() {
+    if build::has_musl(arch) {
         eprintln!("test: host, devices and monitor, built with musl, as what is shipped");
         let packages = ["koya-host", "koya-devices", "koya-vmm"].map(|name| ["--package", name]);
         proc::run(&mut test(
-            &[
-                packages.as_flattened(),
-                &["--target", Arch::of_this_machine().musl()],
-            ]
-            .concat(),
+            &[packages.as_flattened(), &["--target", arch.musl()]].concat(),
         ))?;
     }
     if args.quick {
@@ -80,17 +83,30 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         .env("KOYA_TEST_DEBIAN", &debian)
         .env("KOYA_TEST_FSX", &fsx)
         .env("KOYA_TEST_CONTAINERD", &containerds)
-        .env("KOYA_TEST_DOCKER", &dockers);
-    resume(&mut system, arch, args)?;
-    proc::run(&mut system)
+        .env("KOYA_TEST_DOCKER", &dockers)
+        .env(MODEL, args.model.words().join(" "));
+    resume(&mut system, arch, args.model, args)?;
+    proc::run(&mut system)?;
+    if args.filter.is_none() && !args.only_native && !Arch::Aarch64.is_native() {
+        eprintln!("test: a few Linux guests of aarch64 (--only-native leaves them out)");
+        let ready = Foreign::prepare(Arch::Aarch64, ALL, true);
+        ready
+            .context("the aarch64 tests cannot be set up (--only-native leaves them out)")?
+            .smoke(Model::default(), args)?;
+    }
+    Ok(())
 }
 
-/// Names a file with the tests that have passed, for `--resume`.
-fn resume(system: &mut Command, arch: Arch, args: &TestArgs) -> Result<()> {
+/// Options of the rigs that tests start, which select an emulated host.
+const MODEL: &str = "KOYA_TEST_MODEL";
+
+/// Names a file with the tests that have passed, for `--resume`: one for each kind of host.
+fn resume(system: &mut Command, arch: Arch, model: Model, args: &TestArgs) -> Result<()> {
     if args.resume {
         let directory = proc::checkout().join("target/passed-tests");
         std::fs::create_dir_all(&directory)?;
-        system.env("KOYA_TEST_PASSED", directory.join(arch.name()));
+        let host = [vec![arch.name().to_owned()], model.words()].concat();
+        system.env("KOYA_TEST_PASSED", directory.join(host.concat()));
     }
     Ok(())
 }
@@ -104,8 +120,8 @@ const SMOKE: &str = "smoke";
 /// The tests for another architecture than this machine's, in emulated hosts. Lints, unit tests of architecture-independent
 /// crates, and tests of Docker are left out.
 fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
-    let products = build::ensure_for(arch)?;
     if args.filter.is_none() {
+        build::ensure_for(arch)?;
         eprintln!(
             "test: units and tiny guests for {}, each program in a rig",
             arch.name()
@@ -131,29 +147,85 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
         return Ok(());
     }
     eprintln!("test: Linux guests");
-    let program = system_tests(arch)?;
-    let of = ["build", "--package", "koya-vmm", "--package", "koya"];
-    proc::run(foreign_cargo(arch, &of)?.args(EXAMPLES))?;
-    let examples = format!("target/static/{}/debug/examples", arch.gnu());
-    let mut system = proc::cargo();
-    system.envs(products.env());
-    // The program for this machine selects the tests and starts their rigs.
-    system.args(["test", "--package", "koya-tests", "--test", "system"]);
+    let smoke = args.filter.as_deref() == Some(SMOKE);
+    let ready = Foreign::prepare(arch, FEW, smoke)?;
+    if smoke {
+        return ready.smoke(args.model, args);
+    }
+    let mut system = ready.command(args.model);
     if let Some(filter) = &args.filter {
         system.args(["--", filter]);
     }
     system
-        .env("KOYA_TEST_ARCH", arch.name())
-        .env("KOYA_TEST_PROGRAM", program)
-        .env("KOYA_TEST_EXAMPLES", proc::checkout().join(examples));
-    if args.filter.as_deref() != Some(SMOKE) {
-        system
-            .env("KOYA_TEST_DEBIAN", debian_for(arch)?)
-            .env("KOYA_TEST_FSX", fsx(arch)?)
-            .env("KOYA_TEST_CONTAINERD", containerds(arch)?);
-    }
-    resume(&mut system, arch, args)?;
+        .env("KOYA_TEST_DEBIAN", debian_for(arch)?)
+        .env("KOYA_TEST_FSX", fsx(arch)?)
+        .env("KOYA_TEST_CONTAINERD", containerds(arch)?);
+    resume(&mut system, arch, args.model, args)?;
     proc::run(&mut system)
+}
+
+/// What the system tests for another architecture need.
+struct Foreign {
+    arch: Arch,
+    products: build::Products,
+    program: PathBuf,
+    /// The packages that cargo selects for the program of this machine.
+    packages: &'static [&'static str],
+}
+
+/// Only those that it needs.
+const FEW: &[&str] = &["--package", "koya-tests"];
+/// As the tests of this machine: otherwise, cargo would build libraries once more, with other features.
+const ALL: &[&str] = &["--workspace"];
+
+impl Foreign {
+    /// Builds it; the examples are not for the smoke set.
+    fn prepare(arch: Arch, packages: &'static [&'static str], smoke: bool) -> Result<Self> {
+        let products = build::ensure_for(arch)?;
+        rig::Host::ensure_for(arch)?;
+        let program = system_tests(arch)?;
+        if !smoke {
+            let of = ["build", "--package", "koya-vmm", "--package", "koya"];
+            proc::run(foreign_cargo(arch, &of)?.args(EXAMPLES))?;
+        }
+        Ok(Self {
+            arch,
+            products,
+            program,
+            packages,
+        })
+    }
+
+    /// The smoke set, on this kind of host or, if none is selected, on two.
+    fn smoke(&self, model: Model, args: &TestArgs) -> Result<()> {
+        let models = match model.is_chosen() {
+            true => vec![model],
+            false => vec![model, Model::SMALL],
+        };
+        for model in models {
+            let mut system = self.command(model);
+            system.args(["--", SMOKE]);
+            resume(&mut system, self.arch, model, args)?;
+            proc::run(&mut system)?;
+        }
+        Ok(())
+    }
+
+    /// The program for this machine, which selects the tests and starts their rigs.
+    fn command(&self, model: Model) -> Command {
+        let examples = format!("target/static/{}/debug/examples", self.arch.gnu());
+        let mut system = proc::cargo();
+        system
+            .arg("test")
+            .args(self.packages)
+            .args(["--test", "system"])
+            .envs(self.products.env())
+            .env("KOYA_TEST_ARCH", self.arch.name())
+            .env("KOYA_TEST_PROGRAM", &self.program)
+            .env("KOYA_TEST_EXAMPLES", proc::checkout().join(examples))
+            .env(MODEL, model.words().join(" "));
+        system
+    }
 }
 
 /// A cargo command that builds static programs for another architecture.

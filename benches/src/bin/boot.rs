@@ -27,14 +27,19 @@ const BUNDLE: &str = "/run/bundle";
 const ROOTFS: &str = "/run/bundle/rootfs";
 /// Number of lines of each kind in a trace.
 const SHOWN: usize = 40;
-/// KVM counters that are shown: all exits; those to the monitor; page faults, interrupts, halts.
+/// KVM counters that are shown, if the architecture has them: all exits; those to the monitor and to the kernel's devices;
+/// page faults, interrupts, halts, calls.
 const KINDS: &[&str] = &[
     "exits",
     "io_exits",
     "mmio_exits",
+    "mmio_exit_user",
+    "mmio_exit_kernel",
     "pf_taken",
     "irq_exits",
     "halt_exits",
+    "wfi_exit_stat",
+    "hvc_exit_stat",
     "insn_emulation",
 ];
 /// Page faults of the monitor, which are few: the guest's memory consists of huge pages.
@@ -305,7 +310,8 @@ fn rows_of(from: u64, said: &Value) -> Result<Vec<Value>> {
         ));
         rows.push(row(&name("virtual time"), "ms", true, since(&at[0]), []));
         let kinds = KINDS.iter().map(|kind| (*kind, format!("KVM {kind}")));
-        for (kind, title) in kinds.chain([(FAULTS, FAULTS.to_owned())]) {
+        let kinds = kinds.chain([(FAULTS, FAULTS.to_owned())]);
+        for (kind, title) in kinds.filter(|(kind, _)| !at[2][kind].is_null()) {
             let name = format!("cold boot: exec to {what}, {title}");
             rows.push(row(&name, "", true, number(&at[2][kind]), []));
         }

@@ -23,6 +23,8 @@ pub(crate) const ONLY: &str = "KOYA_TEST_ONLY";
 /// Architecture to test if not the machine's: its name, and the path of this program built for it.
 const ARCH: &str = "KOYA_TEST_ARCH";
 const PROGRAM: &str = "KOYA_TEST_PROGRAM";
+/// Further options of the rigs, which select an emulated host (`--cpu`, `--gic`).
+const MODEL: &str = "KOYA_TEST_MODEL";
 /// File with the names of the tests that have passed; those in it are left out.
 const PASSED: &str = "KOYA_TEST_PASSED";
 /// Prefix of a test's duration line, before name and seconds.
@@ -215,7 +217,11 @@ fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
     }
     let mut words = std::env::args_os();
     let own = words.next().unwrap_or_default();
-    command.args(arch()).arg("--");
+    let model = std::env::var(MODEL).unwrap_or_default();
+    command
+        .args(arch())
+        .args(model.split_whitespace())
+        .arg("--");
     command
         .arg(std::env::var_os(PROGRAM).unwrap_or(own))
         .args(words);

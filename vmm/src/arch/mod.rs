@@ -13,7 +13,8 @@
 //!   by device tree
 //! - [`set_entry`]: sets the entry point of the first vCPU
 //! - [`probe_guest`]: a tiny guest
-//! - [`host_features`], [`NO_KVM`]: the host's virtualization features, and how to get KVM on a host without it
+//! - [`host_features`], [`NO_KVM`], [`CPU_LIMIT`]: the host's virtualization features, how to get KVM on a host without it,
+//!   and the reason for a low number of CPUs
 //!
 //! `cfg(target_arch)` is used only here in this crate.
 

@@ -3,10 +3,10 @@
 use super::profile::Symbols;
 use super::report::{self, Report};
 use super::{PEERS, counting, guest_files, program};
-use crate::arch::Arch;
+use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
 use crate::build::{self, Products};
-use crate::{kernel, proc, setup};
+use crate::{kernel, proc, rig, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -14,12 +14,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The recorded baseline of the cost of a start.
-const BASELINE: &str = "benches/baseline/boot.json";
+fn baseline(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "benches/baseline/boot.json",
+        Arch::Aarch64 => "benches/baseline/boot-aarch64.json",
+    }
+}
 /// Prefix of the line with the diagram, as a JSON string.
 const PICTURE: &str = "picture: ";
 
 #[derive(Args)]
 pub(super) struct BootArgs {
+    #[command(flatten)]
+    arch: ArchArgs,
     /// Fail if Koya's figures are worse than the baseline
     #[arg(long)]
     check: bool,
@@ -38,7 +45,7 @@ pub(super) struct BootArgs {
     /// Write the timeline of the last `koya run` to FILE as SVG
     #[arg(long, value_name = "FILE", conflicts_with = "trace")]
     svg: Option<PathBuf>,
-    /// Make this run's figures the baseline (benches/baseline/boot.json)
+    /// Make this run's figures the baseline (benches/baseline/boot.json, boot-aarch64.json)
     #[arg(long)]
     record: bool,
     #[command(flatten)]
@@ -46,16 +53,22 @@ pub(super) struct BootArgs {
 }
 
 pub(super) fn run(args: &BootArgs) -> Result<()> {
-    if (args.check || args.record) && !build::has_musl() {
+    let arch = args.arch.arch();
+    let file = baseline(arch);
+    if (args.check || args.record) && !build::has_musl(arch) {
         bail!(
-            "the figures in {BASELINE} are those of programs built with musl, whose library is not \
+            "the figures in {file} are those of programs built with musl, whose library is not \
              here: rustup target add {}",
-            Arch::of_this_machine().musl()
+            arch.musl()
         );
     }
-    let files = boot_files(args.kernel.as_deref())?;
+    if args.profile && !arch.is_native() {
+        bail!("--profile knows the instructions of this machine's architecture only");
+    }
+    let files = boot_files(arch, args.kernel.as_deref())?;
     if args.trace {
-        print!("{}", counting::run(files, "trace", counting::ONE_GUEST)?);
+        let said = counting::run(arch, files, "trace", counting::ONE_GUEST)?;
+        print!("{said}");
         return Ok(());
     }
     if args.profile {
@@ -63,7 +76,7 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
         counting::profile(files, "profile", &symbols)?.print(&symbols);
         return Ok(());
     }
-    let said = counting::run(files, "", counting::ONE_GUEST)?;
+    let said = counting::run(arch, files, "", counting::ONE_GUEST)?;
     let (pictures, said): (Vec<&str>, Vec<&str>) =
         said.lines().partition(|line| line.starts_with(PICTURE));
     if let (Some(file), [picture, ..]) = (&args.svg, &*pictures) {
@@ -72,49 +85,55 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
     }
     let rows = counting::rows(&said.join("\n"))?;
     args.report.save(&rows, &[])?;
-    let baseline = proc::checkout().join(BASELINE);
+    let path = proc::checkout().join(file);
     if let Some(share) = args.check.then_some(args.share) {
-        let before = fs::read(&baseline).with_context(|| format!("no {BASELINE}"))?;
+        let before = fs::read(&path).with_context(|| format!("no {file}"))?;
         report::compare(&serde_json::from_slice(&before)?, &rows, share)?;
     }
     if args.record {
-        if let Some(directory) = baseline.parent() {
+        if let Some(directory) = path.parent() {
             fs::create_dir_all(directory)?;
         }
-        report::save_json(&baseline, &rows)?;
-        eprintln!("bench: {BASELINE} is written");
+        report::save_json(&path, &rows)?;
+        eprintln!("bench: {file} is written");
     }
     Ok(())
 }
 
 /// Files of the counted host for a start, with koya, runc and crun.
-fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
+fn boot_files(arch: Arch, kernel: Option<&Path>) -> Result<Archive> {
     setup::ensure()?;
-    setup::ensure_these(PEERS)?;
-    let program = program("boot")?;
-    let products = Products::places();
-    let mut files = guest_files(kernel)?;
+    let peers = match arch.is_native() {
+        true => {
+            setup::ensure_these(PEERS)?;
+            PathBuf::from("/")
+        }
+        false => rig::programs(arch)?,
+    };
+    let program = program(arch, "boot")?;
+    let products = Products::places_of(arch);
+    let mut files = guest_files(arch, kernel)?;
     let programs = [
         ("boot", program),
         ("koya", products.bin.join("koya")),
-        ("runc", "/usr/bin/runc".into()),
-        ("crun", "/usr/bin/crun".into()),
+        ("runc", peers.join("usr/bin/runc")),
+        ("crun", peers.join("usr/bin/crun")),
     ];
-    counting::add_programs(&mut files, &programs)?;
+    counting::add_programs(arch, &mut files, &programs)?;
     Ok(files)
 }
 
 /// A kernel without symbols, as shipped.
-pub(super) fn stripped(kernel: &Path) -> Result<PathBuf> {
-    let directory = proc::checkout().join("target/koya");
+pub(super) fn stripped(arch: Arch, kernel: &Path) -> Result<PathBuf> {
+    if arch == Arch::Aarch64 {
+        // An Image has none.
+        return Ok(kernel.into());
+    }
+    let directory = arch.target("koya");
     fs::create_dir_all(&directory)?;
     let image = directory.join("vmlinux-stripped");
-    proc::run(
-        Command::new("strip")
-            .args(["-s", "-o"])
-            .arg(&image)
-            .arg(kernel),
-    )?;
+    let mut strip = arch.tool("strip");
+    proc::run(strip.args(["-s", "-o"]).arg(&image).arg(kernel))?;
     Ok(image)
 }
 

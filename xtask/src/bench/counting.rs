@@ -4,9 +4,10 @@
 //! It has no caches and no TLB, and an exit of a guest counts as one instruction. Waits also advance its clock.
 
 use super::profile::{self, Profile, Symbols};
+use crate::arch::Arch;
 use crate::archive::Archive;
 use crate::proc;
-use crate::rig::{Host, RunDir};
+use crate::rig::{Host, Model, RunDir};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -18,8 +19,24 @@ use std::time::{Duration, Instant};
 const INIT: &str = include_str!("counting-init.sh");
 /// Prefix of its last line.
 const END: &str = "counting: exit ";
-/// Without fast string instructions, long or short: each step of one would count.
-const CPU: &str = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
+/// On x86_64 without fast string instructions, long or short: each step of one would count.
+fn machine(arch: Arch) -> Vec<String> {
+    match arch {
+        Arch::X86_64 => {
+            let cpu = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
+            ["-M", "q35", "-cpu", cpu].map(str::to_owned).into()
+        }
+        Arch::Aarch64 => Model::default().aarch64(),
+    }
+}
+
+/// The console of its kernel.
+fn console_of(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "ttyS0",
+        Arch::Aarch64 => "ttyAMA0",
+    }
+}
 
 /// Memory sizes of an emulated host.
 #[derive(Clone, Copy)]
@@ -67,6 +84,7 @@ pub(super) fn rows(said: &str) -> Result<Value> {
 
 /// Adds programs to `bin`, and their libraries at the paths where they are looked for.
 pub(super) fn add_programs(
+    arch: Arch,
     files: &mut Archive,
     programs: &[(impl AsRef<str>, PathBuf)],
 ) -> Result<()> {
@@ -74,7 +92,10 @@ pub(super) fn add_programs(
     for (name, path) in programs {
         let program = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         files.file(&format!("bin/{}", name.as_ref()), 0o755, &program)?;
-        libraries.extend(libraries_of(path)?);
+        libraries.extend(match arch.is_native() {
+            true => libraries_of(path)?,
+            false => foreign_libraries_of(arch, path)?,
+        });
     }
     for (to, path) in libraries {
         files.file(&to, 0o755, &fs::read(path)?)?;
@@ -86,23 +107,25 @@ pub(super) fn add_programs(
 ///
 /// # Errors
 /// If it ends with another status than 0, with the end of its console.
-pub(super) fn run(files: Archive, arguments: &str, room: Room) -> Result<String> {
-    Ok(boot(files, arguments, room, None)?.0)
+pub(super) fn run(arch: Arch, files: Archive, arguments: &str, room: Room) -> Result<String> {
+    Ok(boot(arch, files, arguments, room, None)?.0)
 }
 
 /// As [`run`], with a profile of the instructions between two messages of the program.
 pub(super) fn profile(files: Archive, arguments: &str, symbols: &Symbols) -> Result<Profile> {
-    let (_, profile) = boot(files, arguments, ONE_GUEST, Some(symbols))?;
+    let arch = Arch::of_this_machine();
+    let (_, profile) = boot(arch, files, arguments, ONE_GUEST, Some(symbols))?;
     profile.context("no profile")
 }
 
 fn boot(
+    arch: Arch,
     mut files: Archive,
     arguments: &str,
     room: Room,
     symbols: Option<&Symbols>,
 ) -> Result<(String, Option<Profile>)> {
-    let host = Host::ensure()?;
+    let host = Host::ensure_for(arch)?;
     let run = RunDir::create()?;
     files.file("init", 0o755, INIT.as_bytes())?;
     files.file("arguments", 0o644, arguments.as_bytes())?;
@@ -116,9 +139,10 @@ fn boot(
     if let Some(mib) = room.translations {
         accel += &format!(",tb-size={mib}");
     }
-    qemu.args(["-accel", &accel, "-cpu", CPU])
+    qemu.args(["-accel", &accel])
+        .args(machine(arch))
         .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
-        .args(["-rtc", "base=2020-01-01,clock=vm", "-smp", "1", "-M", "q35"])
+        .args(["-rtc", "base=2020-01-01,clock=vm", "-smp", "1"])
         .args(["-m", &room.memory.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-vga", "none", "-net", "none", "-no-reboot"])
@@ -126,7 +150,11 @@ fn boot(
         .arg(host.dir.join("vmlinuz"))
         .arg("-initrd")
         .arg(run.path("initrd"))
-        .args(["-append", "console=ttyS0 quiet panic=-1 nokaslr"])
+        .arg("-append")
+        .arg(format!(
+            "console={} quiet panic=-1 nokaslr",
+            console_of(arch)
+        ))
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
         .stdin(Stdio::null());
@@ -163,6 +191,43 @@ fn boot(
         bail!("it failed:\n{}", proc::tail(&console, 40));
     }
     Ok((said, profile.transpose()?))
+}
+
+/// As [`libraries_of`], for another architecture: the libraries in the root directory that the program is in.
+fn foreign_libraries_of(arch: Arch, program: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let directories = program.ancestors();
+    let mut directories =
+        directories.map(|root| root.join(format!("usr/lib/{}-linux-gnu", arch.name())));
+    // A static program needs none.
+    let directory = directories.find(|directory| directory.is_dir());
+    let directory = directory.unwrap_or_default();
+    let mut all = BTreeMap::new();
+    let mut left = vec![program.to_path_buf()];
+    while let Some(file) = left.pop() {
+        let said = proc::output(arch.tool("readelf").arg("--dynamic").arg(&file))?;
+        let interpreter = proc::output(arch.tool("readelf").arg("--program-headers").arg(&file))?;
+        let loader = interpreter
+            .lines()
+            .filter_map(|line| bracketed(line, "Requesting program interpreter: "));
+        let loader = loader.filter_map(|path| path.rsplit('/').next());
+        let needed = said.lines().filter(|line| line.contains("(NEEDED)"));
+        let needed = needed.filter_map(|line| bracketed(line, "Shared library: ["));
+        for name in needed.chain(loader) {
+            let path = directory.join(name);
+            if !path.exists() {
+                bail!("{} needs {}", file.display(), path.display());
+            }
+            if all.insert(format!("lib/{name}"), path.clone()).is_none() {
+                left.push(path);
+            }
+        }
+    }
+    Ok(all.into_iter().collect())
+}
+
+/// The text of a line from after `begin` to the next bracket.
+fn bracketed<'a>(line: &'a str, begin: &str) -> Option<&'a str> {
+    line.split_once(begin)?.1.split(']').next()
 }
 
 /// The libraries of a program: path at run time, and path here. Empty for a static one.

@@ -9,9 +9,10 @@ mod profile;
 mod report;
 mod tools;
 
+use crate::arch::Arch;
 use crate::archive::Archive;
 use crate::build::{self, Products};
-use crate::{setup, suite};
+use crate::{rig, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use report::Report;
@@ -127,7 +128,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 fn devices(rounds: u32, unconfined: bool, only: Option<&str>) -> Result<Value> {
     setup::ensure()?;
     setup::ensure_these(PACKAGES)?;
-    let program = program("devices")?;
+    let program = program(Arch::of_this_machine(), "devices")?;
     let tools = tools::tools()?;
     let rounds = rounds.to_string();
     // The network of the host is not changed.
@@ -142,7 +143,7 @@ fn devices(rounds: u32, unconfined: bool, only: Option<&str>) -> Result<Value> {
 fn containers(rounds: u32) -> Result<Value> {
     setup::ensure()?;
     setup::ensure_these(PEERS)?;
-    let program = program("containers")?;
+    let program = program(Arch::of_this_machine(), "containers")?;
     let containerd = suite::containerd(suite::CONTAINERD_SUITES[0])?;
     let docker = suite::first_docker()?;
     let rounds = rounds.to_string();
@@ -155,26 +156,29 @@ fn containers(rounds: u32) -> Result<Value> {
 }
 
 fn memory() -> Result<Value> {
+    let arch = Arch::of_this_machine();
     let examples = build::examples()?;
-    let program = program("memory")?;
+    let program = program(arch, "memory")?;
     let command: [&OsStr; 3] = [program.as_ref(), "held".as_ref(), examples.as_ref()];
     in_rig(&command)
 }
 
 fn many(counts: &str) -> Result<Value> {
     setup::ensure()?;
-    let program = program("memory")?;
-    let mut files = guest_files(None)?;
+    let arch = Arch::of_this_machine();
+    let program = program(arch, "memory")?;
+    let mut files = guest_files(arch, None)?;
     // For the sandboxes' networks.
     files.file("more-modules", 0o644, b"tun.ko\n")?;
-    counting::add_programs(&mut files, &[("boot", program)])?;
-    let said = counting::run(files, &format!("many {counts}"), counting::MANY_GUESTS)?;
+    counting::add_programs(arch, &mut files, &[("boot", program)])?;
+    let words = format!("many {counts}");
+    let said = counting::run(arch, files, &words, counting::MANY_GUESTS)?;
     counting::rows(&said)
 }
 
 /// Files of the counted host for any guest: kernel and initramfs, a root file system, a shell.
-fn guest_files(kernel: Option<&Path>) -> Result<Archive> {
-    let products = Products::places();
+fn guest_files(arch: Arch, kernel: Option<&Path>) -> Result<Archive> {
+    let products = Products::places_of(arch);
     let mut files = Archive::default();
     for dir in [
         "share",
@@ -189,26 +193,37 @@ fn guest_files(kernel: Option<&Path>) -> Result<Archive> {
     for dir in ["proc", "sys", "dev", "tmp", "run", "etc"] {
         files.dir(&format!("rootfs/{dir}"))?;
     }
-    let busybox = fs::read("/bin/busybox").context("busybox-static is not installed")?;
+    let busybox = fs::read(rig::busybox(arch)?).context("busybox-static is not installed")?;
     for name in ["sh", "echo"] {
         files.file(&format!("rootfs/bin/{name}"), 0o755, &busybox)?;
     }
     files.file("bin/sh", 0o755, &busybox)?;
     for name in ["vmlinux", "initramfs"] {
         let path = match kernel.filter(|_| name == "vmlinux") {
-            Some(kernel) => boot::stripped(kernel)?,
+            Some(kernel) => boot::stripped(arch, kernel)?,
             None => products.share.join(name),
         };
         files.file(&format!("share/koya/{name}"), 0o644, &fs::read(path)?)?;
     }
-    files.file("config.json", 0o644, OCI_CONFIG.as_bytes())?;
+    files.file("config.json", 0o644, oci_config(arch).as_bytes())?;
     Ok(files)
 }
 
+/// The configuration for runc and crun, with the system call tables of an architecture.
+fn oci_config(arch: Arch) -> String {
+    match arch {
+        Arch::X86_64 => OCI_CONFIG.to_owned(),
+        Arch::Aarch64 => OCI_CONFIG
+            .replace("SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64")
+            .replace("SCMP_ARCH_X86", "SCMP_ARCH_ARM")
+            .replace("SCMP_ARCH_X32", "SCMP_ARCH_ARM"),
+    }
+}
+
 /// Builds a program of the benches, and the programs that it measures.
-fn program(name: &str) -> Result<PathBuf> {
-    build::ensure()?;
-    build::bench(name)
+fn program(arch: Arch, name: &str) -> Result<PathBuf> {
+    build::ensure_for(arch)?;
+    build::bench(arch, name)
 }
 
 /// Runs a measurement on a host with KVM. Rows are printed on standard output, everything else on standard error.

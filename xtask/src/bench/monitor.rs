@@ -3,6 +3,7 @@
 use super::peers::{self, QEMU};
 use super::report::Report;
 use super::{counting, guest_files};
+use crate::arch::Arch;
 use crate::{build, setup};
 use anyhow::{Result, bail};
 use clap::Args;
@@ -54,8 +55,9 @@ pub(super) fn run(args: &MonitorArgs) -> Result<()> {
 
 /// Measures on this machine; returns the output of the bench.
 fn here(args: &MonitorArgs) -> Result<String> {
+    let arch = Arch::of_this_machine();
     let examples = build::examples()?;
-    let mut bench = Command::new(build::bench("monitor")?);
+    let mut bench = Command::new(build::bench(arch, "monitor")?);
     bench.arg(args.rounds.to_string()).arg(examples);
     if args.qemu {
         bench.args(["--qemu", QEMU]);
@@ -80,12 +82,13 @@ const EXAMPLES: &str = "examples";
 /// Measures in an emulated host; returns the output of the bench.
 fn counted(args: &MonitorArgs) -> Result<String> {
     build::ensure()?;
+    let arch = Arch::of_this_machine();
     let examples = build::examples()?;
-    let mut files = guest_files(None)?;
+    let mut files = guest_files(arch, None)?;
     files.dir(&format!("bin/{EXAMPLES}"))?;
     let of_examples = |name| (format!("{EXAMPLES}/{name}"), examples.join(name));
     let mut programs = vec![
-        ("boot".to_owned(), build::bench("monitor")?),
+        ("boot".to_owned(), build::bench(arch, "monitor")?),
         of_examples("boot"),
         of_examples("floor"),
     ];
@@ -100,6 +103,6 @@ fn counted(args: &MonitorArgs) -> Result<String> {
         programs.push(("firecracker".to_owned(), path.clone()));
         words += " --firecracker /bin/firecracker";
     }
-    counting::add_programs(&mut files, &programs)?;
-    counting::run(files, &words, counting::ONE_GUEST)
+    counting::add_programs(arch, &mut files, &programs)?;
+    counting::run(arch, files, &words, counting::ONE_GUEST)
 }

@@ -3,10 +3,11 @@
 
 use super::report::Report;
 use super::{counting, guest_files};
+use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
-use crate::build;
 use crate::rig::{Host, RunDir};
 use crate::setup;
+use crate::{apt, build, cache};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs::{self, File};
@@ -25,6 +26,8 @@ const FIRMWARE_FILES: &[&str] = &[
 
 #[derive(Args)]
 pub(super) struct PeersArgs {
+    #[command(flatten)]
+    arch: ArchArgs,
     /// Measure this firecracker program as well
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
@@ -52,13 +55,15 @@ pub(super) struct PeersArgs {
 /// `cargo xtask bench peers`
 pub(super) fn run(args: &PeersArgs) -> Result<()> {
     setup::ensure()?;
-    build::ensure()?;
-    let monitor = build::examples()?.join("boot");
+    let arch = args.arch.arch();
+    build::ensure_for(arch)?;
+    let monitor = build::example(arch, "boot")?;
+    let qemu = format!("qemu-system-{}", arch.name());
     let mut programs = vec![
-        ("boot".to_owned(), build::bench("peers")?),
-        ("sandbox".to_owned(), build::bench("boot")?),
+        ("boot".to_owned(), build::bench(arch, "peers")?),
+        ("sandbox".to_owned(), build::bench(arch, "boot")?),
         ("monitor".to_owned(), monitor),
-        ("qemu-system-x86_64".to_owned(), QEMU.into()),
+        (qemu.clone(), qemu_for(arch)?.join(&qemu)),
     ];
     let given = [
         ("firecracker", &args.firecracker),
@@ -79,15 +84,32 @@ pub(super) fn run(args: &PeersArgs) -> Result<()> {
         others.push((name, format!("/bin/{own} {words}")));
         programs.push((own, program));
     }
-    let mut files = files(&programs, args)?;
+    let mut files = files(arch, &programs, args)?;
     files.file("monitors.json", 0o644, &serde_json::to_vec(&others)?)?;
     if args.exits {
-        print!("{}", counting::run(files, "exits", counting::ONE_GUEST)?);
+        print!(
+            "{}",
+            counting::run(arch, files, "exits", counting::ONE_GUEST)?
+        );
         return Ok(());
     }
-    let said = counting::run(files, "", counting::ONE_GUEST)?;
+    let said = counting::run(arch, files, "", counting::ONE_GUEST)?;
     let rows = counting::rows(&said)?;
     args.report.finish(&rows, &programs[3..], args.check)
+}
+
+/// The directory of Debian's QEMU for hosts of this architecture.
+fn qemu_for(arch: Arch) -> Result<PathBuf> {
+    let package = match arch {
+        _ if arch.is_native() => return Ok("/usr/bin".into()),
+        Arch::X86_64 => "qemu-system-x86",
+        Arch::Aarch64 => "qemu-system-arm",
+    };
+    let key = cache::key([apt::RELEASE, arch.debian(), package]);
+    let root = cache::ensure("peers", &key, |dir| {
+        apt::unpack_root(arch, apt::RELEASE, &[package], dir)
+    })?;
+    Ok(root.join("usr/bin"))
 }
 
 /// Names of columns that exist without `--monitor`.
@@ -102,19 +124,19 @@ fn other(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), command.to_owned()))
 }
 
-fn files(programs: &[(String, PathBuf)], args: &PeersArgs) -> Result<Archive> {
-    let mut files = guest_files(args.kernel.as_deref())?;
+fn files(arch: Arch, programs: &[(String, PathBuf)], args: &PeersArgs) -> Result<Archive> {
+    let mut files = guest_files(arch, args.kernel.as_deref())?;
     let mut guest = Archive::default();
-    guest.file("init", 0o755, &fs::read(build::up()?)?)?;
+    guest.file("init", 0o755, &fs::read(build::up(arch)?)?)?;
     files.file("initramfs", 0o644, &guest.finish()?)?;
-    if !args.exits {
-        let stock = Host::ensure()?.dir.join("vmlinuz");
+    if !args.exits && arch == Arch::X86_64 {
+        let stock = Host::ensure_for(arch)?.dir.join("vmlinuz");
         let stock = fs::read(stock).context("cannot read Debian's kernel")?;
         files.dir("stock")?;
         files.file("stock/vmlinux", 0o644, &elf_of(&stock)?)?;
     }
     add_firmware(&mut files)?;
-    counting::add_programs(&mut files, programs)?;
+    counting::add_programs(arch, &mut files, programs)?;
     Ok(files)
 }
 

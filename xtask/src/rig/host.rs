@@ -91,11 +91,7 @@ impl Host {
         command
     }
 
-    /// The host of this machine's architecture.
-    pub(crate) fn ensure() -> Result<Self> {
-        Self::ensure_for(Arch::of_this_machine())
-    }
-
+    /// The host of an architecture.
     pub(crate) fn ensure_for(arch: Arch) -> Result<Self> {
         let platform = Platform::of(arch);
         let programs = match arch.is_native() {
@@ -112,10 +108,7 @@ impl Host {
         let modules = [platform.modules, MODULES].concat();
         let names = [&modules, DOCKER_MODULES].concat().join(" ");
         let key = cache::key([&package, &version, INIT, &names]);
-        let busybox = match &programs {
-            Some(root) => root.join("bin/busybox"),
-            None => "/bin/busybox".into(),
-        };
+        let busybox = busybox(arch)?;
         let dir = cache::ensure("rig", &key, |dir| {
             build_host(arch, &package, &modules, &busybox, dir)
         })?;
@@ -140,6 +133,14 @@ pub(crate) fn programs(arch: Arch) -> Result<PathBuf> {
     let key = cache::key([&[apt::RELEASE, arch.debian()], PROGRAMS].concat());
     cache::ensure("programs", &key, |dir| {
         apt::unpack_root(arch, apt::RELEASE, PROGRAMS, dir)
+    })
+}
+
+/// A static busybox for an architecture.
+pub(crate) fn busybox(arch: Arch) -> Result<PathBuf> {
+    Ok(match arch.is_native() {
+        true => "/bin/busybox".into(),
+        false => programs(arch)?.join("bin/busybox"),
     })
 }
 

@@ -1,5 +1,6 @@
 //! Platform-specific parts of the emulated hosts.
 
+use super::model::Model;
 use crate::arch::Arch;
 
 /// The emulated host of an architecture.
@@ -8,8 +9,8 @@ pub(super) struct Platform {
     pub(super) qemu: &'static str,
     /// Debian packages of that program.
     pub(super) qemu_packages: &'static [&'static str],
-    /// Its machine and CPU.
-    pub(super) machine: &'static [&'static str],
+    /// QEMU's options for its machine and CPU.
+    machine: fn(Model) -> Vec<String>,
     /// Parameters of its kernel.
     pub(super) cmdline: &'static str,
     /// Additional modules of its kernel.
@@ -25,6 +26,11 @@ impl Platform {
             Arch::Aarch64 => &AARCH64,
         }
     }
+
+    /// QEMU's options for its machine and CPU.
+    pub(super) fn machine(&self, model: Model) -> Vec<String> {
+        (self.machine)(model)
+    }
 }
 
 /// On CPUs with fast string instructions, kernels clear and copy pages byte by byte, which is slow in an emulator; worse,
@@ -33,24 +39,21 @@ impl Platform {
 const X86_64: Platform = Platform {
     qemu: "qemu-system-x86_64",
     qemu_packages: &["qemu-system-x86", "qemu-system-data", "seabios"],
-    machine: &["-M", "q35", "-cpu", "max,-erms,-fsrm,-fsrs,-fzrm,-la57"],
+    machine: |_| {
+        let cpu = "max,-erms,-fsrm,-fsrs,-fzrm,-la57";
+        ["-M", "q35", "-cpu", cpu].map(str::to_owned).into()
+    },
     // A hung rig is sent an NMI, so that its kernel prints a backtrace.
     cmdline: "console=ttyS0 quiet panic=-1 unknown_nmi_panic=1 mitigations=off",
     modules: &["kvm-amd"],
     virtualization: "nested SVM",
 };
 
-/// KVM is built into its kernel, which starts in EL2. Emulating pointer authentication makes everything three to
-/// four times as slow; with LPA2, addresses of guests have 52 bits instead of 48.
+/// KVM is built into its kernel, which starts in EL2.
 const AARCH64: Platform = Platform {
     qemu: "qemu-system-aarch64",
     qemu_packages: &["qemu-system-arm", "qemu-system-data"],
-    machine: &[
-        "-M",
-        "virt,virtualization=on,gic-version=3",
-        "-cpu",
-        "max,pauth=off,lpa2=off",
-    ],
+    machine: Model::aarch64,
     cmdline: "console=ttyAMA0 quiet panic=-1 mitigations=off",
     modules: &["virtio_pci", "virtio_console"],
     virtualization: "EL2",

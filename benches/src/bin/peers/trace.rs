@@ -12,7 +12,7 @@ const TRACING: &str = "/sys/kernel/debug/tracing";
 pub(crate) const ENTRIES: &[&str] = &["kvm/kvm_entry"];
 /// The same, and system calls.
 pub(crate) const ENTRIES_AND_CALLS: &[&str] = &["kvm/kvm_entry", "raw_syscalls/sys_enter"];
-/// Exits of guests, each followed by its details.
+/// Exits of guests, each followed by its details; those of one architecture are left out on another.
 pub(crate) const EXITS: &[&str] = &[
     "kvm/kvm_exit",
     "kvm/kvm_pio",
@@ -20,9 +20,17 @@ pub(crate) const EXITS: &[&str] = &[
     "kvm/kvm_msr",
     "kvm/kvm_cpuid",
     "kvm/kvm_page_fault",
+    "kvm/kvm_sys_access",
+    "kvm/kvm_hvc_arm64",
 ];
 /// execve in the format of the trace.
-const EXEC: &str = "NR 59 ";
+fn is_exec(words: &str) -> bool {
+    let number = match std::env::consts::ARCH {
+        "aarch64" => "NR 221 ",
+        _ => "NR 59 ",
+    };
+    words.starts_with(number)
+}
 
 /// Traces these events until it is dropped.
 pub(crate) struct Trace<'a> {
@@ -45,7 +53,10 @@ impl<'a> Trace<'a> {
         }
         let trace = Self { events };
         for event in events {
-            set(&format!("events/{event}/enable"), "1")?;
+            let file = format!("events/{event}/enable");
+            if Path::new(TRACING).join(&file).exists() {
+                set(&file, "1")?;
+            }
         }
         Ok(trace)
     }
@@ -65,7 +76,9 @@ impl<'a> Trace<'a> {
 impl Drop for Trace<'_> {
     fn drop(&mut self) {
         for event in self.events {
-            if let Err(error) = set(&format!("events/{event}/enable"), "0") {
+            let file = format!("events/{event}/enable");
+            let is_there = Path::new(TRACING).join(&file).exists();
+            if is_there && let Err(error) = set(&file, "0") {
                 eprintln!("{event} can't be turned off: {error}");
             }
         }
@@ -96,7 +109,7 @@ pub(crate) fn first_entry(trace: &str, this: u32) -> Option<(usize, f64)> {
         };
         match event {
             "kvm_entry" => return Some((calls.unwrap_or(0), at)),
-            "sys_enter" if words.starts_with(EXEC) && calls.is_none() => calls = Some(1),
+            "sys_enter" if is_exec(words) && calls.is_none() => calls = Some(1),
             "sys_enter" => calls = calls.map(|calls| calls + 1),
             _ => {}
         }
@@ -136,8 +149,11 @@ pub(crate) fn exits(trace: &str, until: f64) -> Vec<(usize, String)> {
     all
 }
 
-/// `vcpu 0 reason npf rip 0x... info1 ...`
+/// `vcpu 0 reason npf rip 0x... info1 ...`, on aarch64 `TRAP: HSR_EC: 0x0024 (DABT_LOW), PC: 0x...`
 fn reason(words: &str) -> String {
+    if let Some((_, class)) = words.split_once('(') {
+        return class.split(')').next().unwrap_or(class).to_owned();
+    }
     let mut words = words.split_whitespace().skip_while(|w| *w != "reason");
     words.nth(1).unwrap_or("unknown").to_owned()
 }
@@ -154,6 +170,10 @@ fn subject(event: &str, words: &str) -> String {
         "kvm_cpuid" => (0, 2),
         // `msr_write 4b564d01 = 0x...`
         "kvm_msr" => (0, 2),
+        // `PC: ffff80008001c0f8 SYS_ICC_SGI1R_EL1 (3,0,12,11,5) write`
+        "kvm_sys_access" => (2, 1),
+        // `HVC at 0xffff80008001c0f8 (r0: 0x0000000084000000, imm: 0x0)`
+        "kvm_hvc_arm64" => (3, 2),
         // `vcpu 0 rip 0x... address 0x... error_code 0x...`
         _ => (4, 4),
     };
@@ -196,5 +216,19 @@ mod tests {
             (1, "hlt".to_owned()),
         ];
         assert_eq!(exits(trace, 2000.0), expected);
+    }
+
+    #[test]
+    fn exits_of_aarch64_are_told_as_well() {
+        let trace = "
+ vcpu-8 [000] d.... 1.000: kvm_exit: TRAP: HSR_EC: 0x0024 (DABT_LOW), PC: 0x1
+ vcpu-8 [000] ..... 1.001: kvm_mmio: mmio write len 4 gpa 0x40000050 val 0x1
+ vcpu-8 [000] d.... 1.002: kvm_exit: TRAP: HSR_EC: 0x0018 (SYS64), PC: 0x2
+ vcpu-8 [000] ..... 1.003: kvm_sys_access: PC: 2 ICC_SGI1R_EL1 (3,0,12,11,5) write
+ vcpu-8 [000] d.... 1.004: kvm_exit: IRQ: HSR_EC: 0x0000 (UNKNOWN), PC: 0x3
+";
+        let all: Vec<_> = exits(trace, 2000.0).into_iter().map(|(_, e)| e).collect();
+        let mmio = "DABT_LOW: mmio write len 4 gpa 0x40000050";
+        assert_eq!(all, [mmio, "SYS64: ICC_SGI1R_EL1", "UNKNOWN"]);
     }
 }

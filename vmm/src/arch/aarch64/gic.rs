@@ -11,13 +11,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 
-/// GICv2 addresses its CPUs by a byte, one bit per CPU.
-const MAX_V2_CPUS: u32 = 8;
-
 /// The interrupt controller of a machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Interrupts {
-    /// GICv2, for up to 8 vCPUs.
+    /// GICv2, for up to 8 vCPUs: it addresses them by a byte, one bit per CPU. KVM refuses to create more.
     GicV2,
     /// GICv3.
     #[default]
@@ -27,14 +24,9 @@ pub enum Interrupts {
 impl Interrupts {
     /// Creates the version that this host supports. (KVM_CREATE_DEVICE_TEST would only probe, but it returns no descriptor,
     /// and kvm-ioctls would take the number 0 for one and close it.)
-    pub(super) fn create(vm: &VmFd, cpus: u32) -> Result<(Self, DeviceFd), ArchError> {
+    pub(super) fn create(vm: &VmFd) -> Result<(Self, DeviceFd), ArchError> {
         if let Ok(device) = Self::GicV3.device(vm) {
             return Ok((Self::GicV3, device));
-        }
-        if cpus > MAX_V2_CPUS {
-            return Err(ArchError::Unsupported(
-                "a guest of more than 8 CPUs on this host, which has no GICv3,",
-            ));
         }
         match Self::GicV2.device(vm) {
             Ok(device) => Ok((Self::GicV2, device)),

@@ -30,10 +30,13 @@ pub(crate) const CAN_MAP_REGISTERS: bool = false;
 pub(crate) const NO_KVM: &str = "KVM is a part of the kernel, which needs its option KVM and has to be started in \
      EL2 (in a virtual machine: nested virtualization on its host)";
 
+/// The reason why KVM on some hosts supports fewer CPUs than Koya, for a message.
+pub(crate) const CPU_LIMIT: &str = ", since its interrupt controller is a GICv2";
+
 /// The host's virtualization features, for a report. `None` if KVM cannot create a virtual machine.
 pub(crate) fn host_features(kvm: &Kvm) -> Option<String> {
     let vm = kvm.create_vm().ok()?;
-    let gic = match Interrupts::create(&vm, 1) {
+    let gic = match Interrupts::create(&vm) {
         Ok((Interrupts::GicV3, _)) => "GICv3",
         Ok((Interrupts::GicV2, _)) => "GICv2",
         Err(_) => "no interrupt controller",
@@ -44,7 +47,7 @@ pub(crate) fn host_features(kvm: &Kvm) -> Option<String> {
         _ => 40,
     };
     Some(format!(
-        "the host kernel is in EL2, guests have {gic} and addresses of {bits} bits"
+        "the host kernel was started in EL2, guests have {gic} and addresses of {bits} bits"
     ))
 }
 
@@ -141,9 +144,9 @@ pub fn prepare_vcpu(
 /// Creates the interrupt controller, which KVM initialises for the existing vCPUs; interrupts cannot be connected before.
 ///
 /// # Errors
-/// The error from KVM, or a host controller that supports fewer vCPUs.
-pub fn finish_vm(vm: &VmFd, cpus: u32) -> Result<Interrupts, ArchError> {
-    let (interrupts, device) = Interrupts::create(vm, cpus)?;
+/// The error from KVM, or a host without such a controller.
+pub fn finish_vm(vm: &VmFd) -> Result<Interrupts, ArchError> {
+    let (interrupts, device) = Interrupts::create(vm)?;
     interrupts.initialise(&device)?;
     Ok(interrupts)
 }

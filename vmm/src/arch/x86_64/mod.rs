@@ -32,6 +32,9 @@ pub(crate) const CAN_MAP_REGISTERS: bool = true;
 pub(crate) const NO_KVM: &str = "load the kvm_intel or kvm_amd module, or turn virtualization on in the firmware \
      (in a virtual machine: nested virtualization on its host)";
 
+/// The reason why KVM on some hosts supports fewer CPUs than Koya, for a message: none is known.
+pub(crate) const CPU_LIMIT: &str = "";
+
 /// The host's virtualization features, for a report. Always `None`: guests have the same features on every host.
 pub(crate) fn host_features(_kvm: &Kvm) -> Option<String> {
     None
@@ -163,7 +166,7 @@ pub struct Interrupts;
 ///
 /// # Errors
 /// None.
-pub fn finish_vm(_vm: &VmFd, _cpus: u32) -> Result<Interrupts, ArchError> {
+pub fn finish_vm(_vm: &VmFd) -> Result<Interrupts, ArchError> {
     Ok(Interrupts)
 }
 
