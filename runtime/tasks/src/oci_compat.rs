@@ -73,7 +73,6 @@ fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T
                 drop_unknown_capabilities(process);
                 respell_flags(process);
                 complete_priority(process);
-                complete_user(process);
             }
             serde_json::from_value(value).ok()
         };
@@ -100,14 +99,6 @@ fn name_all_kinds(spec: &mut Value) {
     let rules = rules.into_iter().flatten().filter_map(Value::as_object_mut);
     for rule in rules {
         rule.retain(|name, word| name != "type" || word != "");
-    }
-}
-
-/// Without a user, a process is root's, as with Go.
-fn complete_user(process: &mut Value) {
-    if let Some(process) = process.as_object_mut() {
-        let root = || json!({"uid": 0, "gid": 0});
-        process.entry("user").or_insert_with(root);
     }
 }
 
