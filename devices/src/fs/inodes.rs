@@ -18,7 +18,7 @@ use super::shares::Share;
 use super::wire::ROOT_ID;
 use crate::sys::FileHandle;
 use koya_host::sync::lock;
-use rustix::fs::{AtFlags, FileType, Statx, statx};
+use rustix::fs::{FileType, Statx};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CStr;
@@ -26,7 +26,9 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-pub(super) use super::node::{FileSystem, Found, Identity, Inode, STATX_MASK, open_entry, stat};
+pub(super) use super::node::{
+    FileSystem, Found, Identity, Inode, STATX_MASK, cached_stat, open_entry, stat,
+};
 
 /// Maximum number of evicted directories between a file and an open one when it is looked up by name: the
 /// guest controls the depth of nesting, and each is a recursion step.
@@ -454,9 +456,7 @@ impl Inodes {
                 Slot::Open(fd) => fd.clone(),
                 _ => continue,
             };
-            // Without a request to a network file server.
-            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-            let Ok(stat) = statx(&fd, c"", flags, STATX_MASK) else {
+            let Ok(stat) = cached_stat(&*fd) else {
                 continue;
             };
             let pins_a_mount = pins_a_mount(&inode, stat.stx_mnt_id);

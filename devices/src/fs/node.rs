@@ -244,6 +244,12 @@ pub(super) fn stat(fd: impl AsFd) -> Result<Statx, Errno> {
     statx(fd, c"", AtFlags::EMPTY_PATH, STATX_MASK)
 }
 
+/// The same as the host knows them, without a request to a network file server: where other threads wait for a lock.
+pub(super) fn cached_stat(fd: impl AsFd) -> Result<Statx, Errno> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    statx(fd, c"", flags, STATX_MASK)
+}
+
 /// Opens the entry `name` of a directory with O_PATH, without following symbolic links.
 pub(super) fn open_entry(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -275,7 +281,7 @@ pub(super) fn evict(inode: &Inode) -> bool {
 
 /// The means to find the file again; `None` if it is unlinked.
 fn file_traces(inode: &Inode, fd: &OwnedFd) -> Option<FileTraces> {
-    let stat = stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
+    let stat = cached_stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
     let mount = stat.stx_mnt_id;
     let same_mount = inode
         .exports()
@@ -294,10 +300,8 @@ pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
     let mut slot = lock(&inode.slot);
     match &mut *slot {
         Slot::Open(fd) => {
-            // Without a request to a network file server, since all other threads wait.
-            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-            let stat = statx(&*fd, c"", flags, STATX_MASK);
-            let Some(stat) = stat.ok().filter(|stat| stat.stx_nlink > 0) else {
+            let stat = cached_stat(&**fd).ok();
+            let Some(stat) = stat.filter(|stat| stat.stx_nlink > 0) else {
                 return false;
             };
             let traces = FileTraces {

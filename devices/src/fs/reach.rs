@@ -2,7 +2,9 @@
 
 use super::export::Export;
 use super::inodes::{Inodes, Tables};
-use super::node::{Found, Identity, Inode, Reach, Slot, contains_share, move_to, stat, union};
+use super::node::{
+    Found, Identity, Inode, Reach, Slot, cached_stat, contains_share, move_to, stat, union,
+};
 use super::shares::{Move, Share};
 use super::wire::ROOT_ID;
 use koya_host::sync::lock;
@@ -98,7 +100,7 @@ impl Inodes {
             }
         }
         for one in moves {
-            let Ok(stat) = stat(&*one.root) else {
+            let Ok(stat) = cached_stat(&*one.root) else {
                 continue;
             };
             let identity = Identity::of(&stat, &into);
@@ -207,7 +209,7 @@ impl Tables {
     /// another one.
     fn reopen_in(&mut self, inode: &Inode, export: &Arc<Export>) {
         let mount = match &*lock(&inode.slot) {
-            Slot::Open(fd) => stat(&**fd).map(|stat| stat.stx_mnt_id),
+            Slot::Open(fd) => cached_stat(&**fd).map(|stat| stat.stx_mnt_id),
             _ => return,
         };
         let is_there = |other: &Arc<Export>| {

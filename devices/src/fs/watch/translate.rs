@@ -185,7 +185,7 @@ impl Watches {
     /// Whether a file is unlinked. If it can't be examined, nothing here holds it open, and the host reports
     /// the removal itself.
     fn is_gone(&self, inode: &Inode) -> bool {
-        let stat = self.inodes.fd(inode).and_then(inodes::stat);
+        let stat = self.inodes.fd(inode).and_then(inodes::cached_stat);
         stat.is_ok_and(|stat| stat.stx_nlink == 0)
     }
 
