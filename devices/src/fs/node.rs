@@ -106,6 +106,12 @@ fn is_writable(reach: &Reach) -> bool {
     reach.iter().any(|share| share.is_writable())
 }
 
+/// Whether both contain the same shares.
+pub(super) fn same_shares(one: &Reach, other: &Reach) -> bool {
+    Arc::ptr_eq(one, other)
+        || one.len() == other.len() && one.iter().all(|share| contains_share(other, share))
+}
+
 /// The union of both, without removed shares.
 pub(super) fn union(reach: &[Arc<Share>], more: &[Arc<Share>]) -> Reach {
     let added = more.iter().filter(|share| !contains_share(reach, share));
@@ -128,6 +134,8 @@ pub(super) struct Inode {
     /// Whether it is the root of a share, which has no parent to be found from.
     pub(super) is_root: AtomicBool,
     pub(super) reach: Mutex<Reach>,
+    /// Whether it is a file that was found while it had several names, so it may have several locations.
+    pub(super) has_links: AtomicBool,
     /// Number of its file system among those the guest has reached.
     pub(super) file_system: u16,
     /// Its owners, if they are not those of the host.
@@ -206,6 +214,10 @@ impl Inode {
     /// The same for a directory: it has one location, so its shares are replaced by those of that location.
     pub(super) fn set_reach(&self, now: &Reach) -> bool {
         let mut reach = lock(&self.reach);
+        // Most nodes share one list with their directory.
+        if same_shares(&reach, now) {
+            return false;
+        }
         let before = is_writable(&reach);
         *reach = now.clone();
         !before && is_writable(&reach)
