@@ -280,7 +280,7 @@ impl Tables {
                 let others: Vec<_> = before.iter().filter(stays).cloned().collect();
                 match others.is_empty() {
                     true => directory.clone(),
-                    false => union(&others, directory),
+                    false => union(directory, &others),
                 }
             }
         };

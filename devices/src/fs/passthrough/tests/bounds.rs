@@ -81,3 +81,21 @@ fn a_forgotten_directory_is_removed_when_it_is_left() {
     f.files.forget(c, 1);
     assert_eq!(f.files.inodes.counts().0, 2);
 }
+
+/// Nodes share one list with their directory, or have one of the same shares.
+#[test]
+fn a_move_between_directories_of_the_same_shares_changes_no_shares() {
+    let f = fixture(0, false);
+    std::fs::create_dir_all(f.dir.path().join("a/dir")).unwrap();
+    std::fs::create_dir(f.dir.path().join("b")).unwrap();
+    let look = |node, name| f.files.lookup(node, name).unwrap().nodeid;
+    let (a, b) = (look(f.root, c"a"), look(f.root, c"b"));
+    let dir = f.files.inodes.get(look(a, c"dir")).unwrap();
+    let other = f.files.inodes.get(b).unwrap();
+    let copy: Arc<[_]> = Arc::from(other.reach().to_vec());
+    *koya_host::sync::lock(&other.reach) = copy;
+    let before = dir.reach();
+    f.files.rename(a, c"dir", b, c"dir", 0).unwrap();
+    assert!(Arc::ptr_eq(&before, &dir.reach()));
+    assert!(!Arc::ptr_eq(&before, &other.reach()));
+}
