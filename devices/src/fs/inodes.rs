@@ -13,7 +13,9 @@
 //! through which it was reached ([`Inode::is_writable`]).
 
 use super::export::Export;
-use super::node::{FileTraces, HANDLE_FLAGS, Slot, evict, is_kind, move_to, still_same};
+use super::node::{
+    FileTraces, HANDLE_FLAGS, Slot, evict, is_kind, move_to, same_shares, still_same,
+};
 use super::shares::Share;
 use super::wire::ROOT_ID;
 use crate::sys::FileHandle;
@@ -353,6 +355,8 @@ impl Inodes {
             let inode = entry.inode.clone();
             let is_placed = inode.kind == FileType::Directory && !is_entry;
             inode.has_links.fetch_or(has_links(stat), Ordering::Relaxed);
+            // The host may have moved it.
+            let is_changed = is_placed && !same_shares(&inode.reach(), &reach);
             // The existing descriptor may be on a mount that is read-only.
             let replaces = match is_placed {
                 true => inode.set_reach(&reach),
@@ -366,6 +370,9 @@ impl Inodes {
             }
             drop(tables);
             inode.is_root.fetch_or(is_root, Ordering::Relaxed);
+            if is_changed {
+                self.changed(id);
+            }
             return Ok(inode);
         }
         if tables.by_id.len() >= self.max_nodes {

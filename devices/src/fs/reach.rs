@@ -63,6 +63,16 @@ impl Inodes {
             tables.change_roots(&inode, &before, &mut changed);
         }
         drop(tables);
+        self.change_all(changed);
+    }
+
+    /// Updates the shares of everything below a directory that was found to have others.
+    pub(super) fn changed(&self, directory: u64) {
+        let _moves = lock(&self.moves);
+        self.change_all(vec![Changed::new(directory)]);
+    }
+
+    fn change_all(&self, mut changed: Vec<Changed>) {
         while !changed.is_empty() {
             lock(&self.tables).change_below(&mut changed, CHANGED_AT_ONCE);
             std::thread::yield_now();

@@ -395,6 +395,29 @@ fn moved_files_lose_the_shares_of_their_old_location() {
     assert!(f.exists(a));
 }
 
+/// The guest sees that when it looks up the directory.
+#[test]
+fn files_that_the_host_moves_lose_the_shares_of_their_old_location() {
+    let f = fixture();
+    for name in ["one/a/dir", "one/b"] {
+        fs::create_dir_all(f.dir.path().join(name)).unwrap();
+    }
+    fs::write(f.dir.path().join("one/a/dir/file"), "").unwrap();
+    let _outer = f.share("one", READ_ONLY);
+    let (first, second) = (f.share("one/a", WRITABLE), f.share("one/b", WRITABLE));
+    let dir = f.node(first.path.join("dir")).unwrap();
+    let file = f.node(first.path.join("dir/file")).unwrap();
+    let (from, to) = (
+        f.dir.path().join("one/a/dir"),
+        f.dir.path().join("one/b/dir"),
+    );
+    fs::rename(from, to).unwrap();
+    assert_eq!(f.node(second.path.join("dir")), Ok(dir));
+    f.shares.remove(&second.name);
+    assert_eq!(f.open(file, OFlags::WRONLY).unwrap_err(), Errno::ROFS);
+    assert!(f.open(file, OFlags::RDONLY).is_ok());
+}
+
 /// A file with several names may be in several places.
 #[test]
 fn a_moved_file_with_another_name_keeps_the_shares_of_that() {
