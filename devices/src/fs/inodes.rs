@@ -13,20 +13,24 @@
 //! through which it was reached ([`Inode::is_writable`]).
 
 use super::export::Export;
-use super::node::{FileTraces, HANDLE_FLAGS, Slot, evict, is_kind, move_to, still_same};
+use super::node::{
+    FileTraces, HANDLE_FLAGS, Slot, evict, is_kind, move_to, same_shares, still_same,
+};
 use super::shares::Share;
 use super::wire::ROOT_ID;
 use crate::sys::FileHandle;
 use koya_host::sync::lock;
-use rustix::fs::{AtFlags, FileType, Statx, statx};
+use rustix::fs::{FileType, Statx};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-pub(super) use super::node::{FileSystem, Found, Identity, Inode, STATX_MASK, open_entry, stat};
+pub(super) use super::node::{
+    FileSystem, Found, Identity, Inode, STATX_MASK, cached_stat, open_entry, stat,
+};
 
 /// Maximum number of evicted directories between a file and an open one when it is looked up by name: the
 /// guest controls the depth of nesting, and each is a recursion step.
@@ -35,13 +39,19 @@ const MAX_ASCENT: u32 = 64;
 /// A node in the tables.
 pub(super) struct Entry {
     pub(super) inode: Arc<Inode>,
-    lookups: u64,
+    /// Lookups by the guest that it has not forgotten. A directory without any is kept while there are nodes in it: if it
+    /// is moved, they are.
+    pub(super) lookups: u64,
     pub(super) identity: Identity,
 }
 
 pub(super) struct Tables {
     pub(super) by_id: HashMap<u64, Entry>,
     pub(super) by_identity: HashMap<Identity, u64>,
+    /// The nodes in each directory: its node, and one of them.
+    pub(super) children: BTreeSet<(u64, u64)>,
+    /// Nodes that are not needed any more, unless the guest has looked them up again.
+    pub(super) leaving: Vec<u64>,
     /// Roots of shares, with their shares.
     pub(super) roots: HashMap<Identity, Vec<Arc<Share>>>,
     /// Nodes with a descriptor, oldest first; some may be gone.
@@ -136,6 +146,8 @@ pub(super) struct Inodes {
     max_nodes: usize,
     /// Whether there was a share with mapped users: a file may have several nodes then.
     maps_users: AtomicBool,
+    /// Held while the shares of moved nodes change.
+    pub(super) moves: Mutex<()>,
     pub(super) tables: Mutex<Tables>,
 }
 
@@ -146,9 +158,12 @@ impl Inodes {
             limit,
             max_nodes,
             maps_users: AtomicBool::new(false),
+            moves: Mutex::default(),
             tables: Mutex::new(Tables {
                 by_id: HashMap::new(),
                 by_identity: HashMap::new(),
+                children: BTreeSet::new(),
+                leaving: Vec::new(),
                 roots: HashMap::new(),
                 recent: VecDeque::new(),
                 swept: 0,
@@ -164,10 +179,15 @@ impl Inodes {
         self.maps_users.load(Ordering::SeqCst)
     }
 
-    /// The node with this ID.
+    /// The node with this ID, if the guest has not forgotten it.
     pub(super) fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
+        self.get_if(id, |entry| entry.lookups > 0)
+    }
+
+    fn get_if(&self, id: u64, is_wanted: impl Fn(&Entry) -> bool) -> Result<Arc<Inode>, Errno> {
         let tables = lock(&self.tables);
-        let inode = tables.by_id.get(&id).map(|entry| entry.inode.clone());
+        let entry = tables.by_id.get(&id).filter(|entry| is_wanted(entry));
+        let inode = entry.map(|entry| entry.inode.clone());
         drop(tables);
         inode.filter(|inode| inode.is_live()).ok_or(Errno::STALE)
     }
@@ -269,7 +289,7 @@ impl Inodes {
 
     fn open_by_location(&self, inode: &Inode, ascent: u32) -> Result<OwnedFd, Errno> {
         let (parent, name) = inode.location();
-        let parent = self.get(parent)?;
+        let parent = self.get_if(parent, |_| true)?;
         open_entry(self.fd_within(&parent, ascent)?, &name)
     }
 
@@ -311,6 +331,12 @@ impl Inodes {
         name: &CStr,
     ) -> Result<Arc<Inode>, Errno> {
         let mut tables = lock(&self.tables);
+        // It would not be found if a directory above it is moved.
+        if let Found::In(directory) = found
+            && !tables.by_id.contains_key(&directory.id)
+        {
+            return Err(Errno::STALE);
+        }
         let reach = tables.reach(stat, found)?;
         let export = reach[0].export();
         let identity = Identity::of(stat, &export);
@@ -328,6 +354,9 @@ impl Inodes {
             entry.lookups += 1;
             let inode = entry.inode.clone();
             let is_placed = inode.kind == FileType::Directory && !is_entry;
+            inode.has_links.fetch_or(has_links(stat), Ordering::Relaxed);
+            // The host may have moved it.
+            let is_changed = is_placed && !same_shares(&inode.reach(), &reach);
             // The existing descriptor may be on a mount that is read-only.
             let replaces = match is_placed {
                 true => inode.set_reach(&reach),
@@ -336,10 +365,13 @@ impl Inodes {
             if moved.is_none() {
                 tables.found_again(&inode, fd, self.limit, replaces);
             }
+            if !is_entry {
+                tables.place(&inode, parent, name);
+            }
             drop(tables);
             inode.is_root.fetch_or(is_root, Ordering::Relaxed);
-            if !is_entry {
-                *lock(&inode.location) = (parent, name.to_owned());
+            if is_changed {
+                self.changed(id);
             }
             return Ok(inode);
         }
@@ -370,6 +402,7 @@ impl Inodes {
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             is_root: AtomicBool::new(is_root),
             reach: Mutex::new(reach),
+            has_links: AtomicBool::new(has_links(stat)),
             file_system,
             users,
             has_no_capabilities: AtomicBool::new(false),
@@ -390,6 +423,7 @@ impl Inodes {
         };
         tables.by_id.insert(id, entry);
         tables.by_identity.insert(identity, id);
+        tables.children.insert((parent, id));
         let is_closed = moved.is_some_and(|mount| {
             drop(fd);
             move_to(&inode, mount)
@@ -400,21 +434,7 @@ impl Inodes {
         Ok(inode)
     }
 
-    /// Updates the location of a moved file, and the shares through which it and everything below it is
-    /// reached.
-    pub(super) fn moved(&self, identity: Identity, from: &Inode, to: &Inode, name: &CStr) {
-        let mut tables = lock(&self.tables);
-        let Some(inode) = tables.by_identity.get(&identity).and_then(|id| {
-            let entry = tables.by_id.get(id)?;
-            Some(entry.inode.clone())
-        }) else {
-            return;
-        };
-        *lock(&inode.location) = (to.id, name.to_owned());
-        tables.change_reach(&inode, &from.reach(), &to.reach());
-    }
-
-    /// Subtracts `count` lookups; true if none are left and the node was removed.
+    /// Subtracts `count` lookups; true if none are left.
     pub(super) fn forget(&self, id: u64, count: u64) -> bool {
         let mut tables = lock(&self.tables);
         let Some(entry) = tables.by_id.get_mut(&id) else {
@@ -424,23 +444,15 @@ impl Inodes {
         if entry.lookups > 0 {
             return false;
         }
-        let Some(entry) = tables.by_id.remove(&id) else {
-            return false;
-        };
-        // A newer node may have taken over the identity.
-        if tables.by_identity.get(&entry.identity) == Some(&id) {
-            tables.by_identity.remove(&entry.identity);
-        }
-        if matches!(*lock(&entry.inode.slot), Slot::Open(_)) {
-            tables.open = tables.open.saturating_sub(1);
-        }
+        tables.leaving.push(id);
+        let removed = tables.remove_leaving();
         // `recent` is cleaned up when it is walked; until then its size is bounded here.
         if tables.recent.len() > 2 * tables.open + 64 {
             let Tables { recent, by_id, .. } = &mut *tables;
             recent.retain(|id| by_id.contains_key(id));
         }
         drop(tables);
-        drop(entry);
+        drop(removed);
         true
     }
 
@@ -454,9 +466,7 @@ impl Inodes {
                 Slot::Open(fd) => fd.clone(),
                 _ => continue,
             };
-            // Without a request to a network file server.
-            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-            let Ok(stat) = statx(&fd, c"", flags, STATX_MASK) else {
+            let Ok(stat) = cached_stat(&*fd) else {
                 continue;
             };
             let pins_a_mount = pins_a_mount(&inode, stat.stx_mnt_id);
@@ -515,6 +525,8 @@ impl Inodes {
         let mut tables = lock(&self.tables);
         tables.by_id.clear();
         tables.by_identity.clear();
+        tables.children.clear();
+        tables.leaving.clear();
         tables.recent.clear();
         tables.open = 0;
     }
@@ -524,6 +536,11 @@ impl Inodes {
         let tables = lock(&self.tables);
         (tables.by_id.len(), tables.open)
     }
+}
+
+/// Whether a file has several names. The links of a directory are its subdirectories.
+fn has_links(stat: &Statx) -> bool {
+    stat.stx_nlink > 1 && FileType::from_raw_mode(stat.stx_mode.into()) != FileType::Directory
 }
 
 /// Whether the descriptor of a file on this mount prevents the host from unmounting it: the file is below a

@@ -106,6 +106,12 @@ fn is_writable(reach: &Reach) -> bool {
     reach.iter().any(|share| share.is_writable())
 }
 
+/// Whether both contain the same shares.
+pub(super) fn same_shares(one: &Reach, other: &Reach) -> bool {
+    Arc::ptr_eq(one, other)
+        || one.len() == other.len() && one.iter().all(|share| contains_share(other, share))
+}
+
 /// The union of both, without removed shares.
 pub(super) fn union(reach: &[Arc<Share>], more: &[Arc<Share>]) -> Reach {
     let added = more.iter().filter(|share| !contains_share(reach, share));
@@ -128,6 +134,8 @@ pub(super) struct Inode {
     /// Whether it is the root of a share, which has no parent to be found from.
     pub(super) is_root: AtomicBool,
     pub(super) reach: Mutex<Reach>,
+    /// Whether it is a file that was found while it had several names, so it may have several locations.
+    pub(super) has_links: AtomicBool,
     /// Number of its file system among those the guest has reached.
     pub(super) file_system: u16,
     /// Its owners, if they are not those of the host.
@@ -206,6 +214,10 @@ impl Inode {
     /// The same for a directory: it has one location, so its shares are replaced by those of that location.
     pub(super) fn set_reach(&self, now: &Reach) -> bool {
         let mut reach = lock(&self.reach);
+        // Most nodes share one list with their directory.
+        if same_shares(&reach, now) {
+            return false;
+        }
         let before = is_writable(&reach);
         *reach = now.clone();
         !before && is_writable(&reach)
@@ -244,6 +256,12 @@ pub(super) fn stat(fd: impl AsFd) -> Result<Statx, Errno> {
     statx(fd, c"", AtFlags::EMPTY_PATH, STATX_MASK)
 }
 
+/// The same as the host knows them, without a request to a network file server: where other threads wait for a lock.
+pub(super) fn cached_stat(fd: impl AsFd) -> Result<Statx, Errno> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    statx(fd, c"", flags, STATX_MASK)
+}
+
 /// Opens the entry `name` of a directory with O_PATH, without following symbolic links.
 pub(super) fn open_entry(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -275,7 +293,7 @@ pub(super) fn evict(inode: &Inode) -> bool {
 
 /// The means to find the file again; `None` if it is unlinked.
 fn file_traces(inode: &Inode, fd: &OwnedFd) -> Option<FileTraces> {
-    let stat = stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
+    let stat = cached_stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
     let mount = stat.stx_mnt_id;
     let same_mount = inode
         .exports()
@@ -294,10 +312,8 @@ pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
     let mut slot = lock(&inode.slot);
     match &mut *slot {
         Slot::Open(fd) => {
-            // Without a request to a network file server, since all other threads wait.
-            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-            let stat = statx(&*fd, c"", flags, STATX_MASK);
-            let Some(stat) = stat.ok().filter(|stat| stat.stx_nlink > 0) else {
+            let stat = cached_stat(&**fd).ok();
+            let Some(stat) = stat.filter(|stat| stat.stx_nlink > 0) else {
                 return false;
             };
             let traces = FileTraces {

@@ -14,16 +14,17 @@
 
 mod translate;
 
-use super::inodes::{Inode, Inodes};
+use super::inodes::{self, Inode, Inodes};
 use crate::sys;
 use koya_host::descriptors;
 use koya_host::sync::lock;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use rustix::fs::{FileType, Mode, OFlags, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, openat, readlinkat};
 use rustix::io::Errno;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ffi::CStr;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -120,22 +121,37 @@ impl Drop for HostEvents {
     }
 }
 
+/// Maximum number of watched directories that are examined for one name: one directory can be several nodes.
+const MAX_NAMESAKES: usize = 64;
+
 /// Meaning of a watch descriptor of the host.
 #[derive(Default)]
 struct HostWatch {
     /// Nodes that the guest watches: one directory can be several nodes through several exports.
     nodes: HashSet<u64>,
-    /// Watched directories in it: a directory's own watch does not report its removal while it is held open,
-    /// as this server does.
-    children: HashSet<u64>,
+    /// Watched directories in it, by their names on the host: a directory's own watch does not report its removal while
+    /// it is held open, as this server does.
+    children: BTreeSet<(Arc<[u8]>, u64)>,
 }
+
+impl HostWatch {
+    /// The watched directories in it of this name.
+    fn children_named(&self, name: &[u8]) -> Vec<u64> {
+        let name: Arc<[u8]> = Arc::from(name);
+        let named = self.children.range((name.clone(), 0)..=(name, u64::MAX));
+        named.map(|(_, node)| *node).take(MAX_NAMESAKES).collect()
+    }
+}
+
+/// Where the removal of a directory is reported: the watch descriptor of its parent, and its name there.
+type Place = (i32, Arc<[u8]>);
 
 struct Node {
     inode: Arc<Inode>,
     mask: u32,
     descriptor: i32,
-    /// For a directory: the watch descriptor of its parent.
-    parent: Option<i32>,
+    /// For a directory that was not removed.
+    parent: Option<Place>,
 }
 
 /// Identifies a change made by the guest: to a node, or to an entry of it.
@@ -150,13 +166,16 @@ struct Change {
 
 #[derive(Default)]
 struct State {
-    nodes: HashMap<u64, Node>,
+    nodes: BTreeMap<u64, Node>,
     watched: HashMap<i32, HostWatch>,
     /// Sequence number of the last watch request for each node: requests can overtake each other.
     last_requests: HashMap<u64, u64>,
     changes_in_progress: HashMap<Key, Change>,
     /// Events to be reported.
     pending: VecDeque<HostEvent>,
+    /// Nodes whose events the host may have dropped, and which have not been told so: those in the first range, then
+    /// those in the second.
+    dropped: [Range<u64>; 2],
 }
 
 /// The watches of a guest.
@@ -173,6 +192,8 @@ pub(super) struct Watches {
     /// Maximum number of files that the guest may watch.
     limit: OnceLock<usize>,
     count: AtomicUsize,
+    /// Held by the owner, who waits for `state`: those who read many events let it pass.
+    turn: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -196,6 +217,7 @@ impl Watches {
             refused: AtomicBool::new(false),
             limit: OnceLock::new(),
             count: AtomicUsize::new(0),
+            turn: Mutex::default(),
             state: Mutex::default(),
         })
     }
@@ -260,6 +282,7 @@ impl Watches {
 
     /// Removes the watches of matching nodes.
     pub(super) fn remove_if(&self, gone: impl Fn(&Inode) -> bool) {
+        let _turn = lock(&self.turn);
         let mut state = lock(&self.state);
         let nodes = state.nodes.iter().filter(|(_, node)| gone(&node.inode));
         for nodeid in nodes.map(|(id, _)| *id).collect::<Vec<_>>() {
@@ -280,7 +303,9 @@ impl Watches {
             return Ok(());
         }
         let queue = self.queue()?;
-        if state.watched.len() >= *self.limit.get_or_init(watch_limit) {
+        // The host's watches include parents, and one watch can be that of several nodes.
+        let count = state.watched.len().max(state.nodes.len());
+        if count >= *self.limit.get_or_init(watch_limit) {
             return Err(Errno::NOSPC);
         }
         let fd = self.inodes.fd(inode)?;
@@ -318,22 +343,25 @@ impl Watches {
         self.leave_parent(state, nodeid, node.parent);
     }
 
-    /// Watches the parent of a directory; returns its watch descriptor, if it can be watched.
-    fn join_parent(&self, state: &mut State, inode: &Inode) -> Option<i32> {
+    /// Watches the parent of a directory, if it can be watched.
+    fn join_parent(&self, state: &mut State, inode: &Inode) -> Option<Place> {
         if inode.kind != FileType::Directory {
             return None;
         }
         let fd = self.inodes.fd(inode).ok()?;
         let parent = watch_parent(self.queue.get()?, &*fd)?;
+        // If it is renamed after this, its own watch reports that.
+        let name = name_on_host(&fd).unwrap_or_else(|| inode.location().1.into_bytes());
+        let name: Arc<[u8]> = Arc::from(name);
         let watched = state.watched.entry(parent).or_default();
-        watched.children.insert(inode.id);
-        Some(parent)
+        watched.children.insert((name.clone(), inode.id));
+        Some((parent, name))
     }
 
-    fn leave_parent(&self, state: &mut State, nodeid: u64, parent: Option<i32>) {
-        if let Some(parent) = parent {
+    fn leave_parent(&self, state: &mut State, nodeid: u64, place: Option<Place>) {
+        if let Some((parent, name)) = place {
             if let Some(watched) = state.watched.get_mut(&parent) {
-                watched.children.remove(&nodeid);
+                watched.children.remove(&(name, nodeid));
             }
             self.tidy(state, parent);
         }
@@ -374,6 +402,35 @@ impl Watches {
 }
 
 impl State {
+    /// Records that the host has dropped events, of any nodes.
+    fn note_dropped(&mut self) {
+        let next = self.dropped[0].start;
+        self.dropped = [next..u64::MAX, 0..next];
+    }
+
+    /// Events for up to `most` of the nodes whose own events may have been dropped: their watchers have to look again.
+    fn look_again(&mut self, most: usize) -> Vec<HostEvent> {
+        let mut events = Vec::new();
+        let [current, rest] = &mut self.dropped;
+        while !current.is_empty() && events.len() < most {
+            let Some((nodeid, node)) = self.nodes.range(current.clone()).next() else {
+                *current = std::mem::take(rest);
+                continue;
+            };
+            current.start = *nodeid + 1;
+            events.push(HostEvent {
+                nodeid: *nodeid,
+                mask: match node.mask & kind::MODIFY {
+                    0 => kind::ATTRIB,
+                    modify => modify,
+                },
+                cookie: 0,
+                name: Vec::new(),
+            });
+        }
+        events
+    }
+
     fn is_newer(&self, nodeid: u64, number: u64) -> bool {
         self.last_requests
             .get(&nodeid)
@@ -420,9 +477,10 @@ pub(super) struct ChangeGuard<'a> {
 
 impl Drop for ChangeGuard<'_> {
     fn drop(&mut self) {
-        let state = &mut *lock(&self.watches.state);
         // All events of this operation are in the host's queue by now.
-        if let Err(error) = self.watches.drain(state) {
+        let (mut state, read) = self.watches.drained();
+        let state = &mut *state;
+        if let Err(error) = read {
             log::debug!("virtio-fs: the host's watches can't be read: {error}");
         }
         if !state.pending.is_empty() {
@@ -451,6 +509,19 @@ fn watch_parent(queue: &OwnedFd, directory: impl AsFd) -> Option<i32> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let parent = openat(&directory, c"..", flags, Mode::empty()).ok()?;
     watch_file(queue, parent, kind::DELETE | kind::MOVED).ok()
+}
+
+/// The name of a directory on the host, or its last name if it was removed. `None` if its path is too long, for example.
+fn name_on_host(directory: &OwnedFd) -> Option<Vec<u8>> {
+    const REMOVED: &[u8] = b" (deleted)";
+    let path = readlinkat(CWD, descriptors::path(directory.as_fd()), Vec::new()).ok()?;
+    let name = path.as_bytes().rsplit(|byte| *byte == b'/').next()?;
+    let is_removed = inodes::cached_stat(directory).ok()?.stx_nlink == 0;
+    let name = match is_removed {
+        true => name.strip_suffix(REMOVED).unwrap_or(name),
+        false => name,
+    };
+    Some(name.to_owned())
 }
 
 #[cfg(test)]

@@ -241,9 +241,9 @@ impl Passthrough {
             }
             moved => moved?,
         }
-        self.note_move(&from, (&to, &*to_fd), new_name);
+        self.note_move((&to, &*to_fd), new_name);
         if flags.contains(RenameFlags::EXCHANGE) {
-            self.note_move(&to, (&from, &*from_fd), name);
+            self.note_move((&from, &*from_fd), name);
         }
         Ok(())
     }
@@ -294,12 +294,12 @@ impl Passthrough {
     }
 
     /// Updates the location and the shares of a moved file.
-    fn note_move(&self, from: &Inode, (to, fd): (&Inode, impl AsFd), name: &CStr) {
+    fn note_move(&self, (to, fd): (&Inode, impl AsFd), name: &CStr) {
         if let Ok(stat) = inodes::open_entry(fd, name).and_then(inodes::stat)
             && let Ok(export) = to.export()
         {
             let identity = Identity::of(&stat, &export);
-            self.inodes.moved(identity, from, to, name);
+            self.inodes.moved(identity, stat.stx_nlink, to, name);
         }
     }
 }

@@ -362,6 +362,84 @@ fn a_moved_file_has_the_shares_of_its_new_location() {
     assert!(!f.exists(dir));
 }
 
+/// Also if the guest has forgotten the directory that it moves, and what it moves is a file.
+#[test]
+fn moved_files_lose_the_shares_of_their_old_location() {
+    let f = fixture();
+    for name in ["one/a/dir/below", "one/b"] {
+        fs::create_dir_all(f.dir.path().join(name)).unwrap();
+    }
+    for name in ["one/a/dir/file", "one/a/other"] {
+        fs::write(f.dir.path().join(name), "").unwrap();
+    }
+    let outer = f.share("one", READ_ONLY);
+    let (first, second) = (f.share("one/a", WRITABLE), f.share("one/b", WRITABLE));
+    let (a, b) = (f.node(&first.path).unwrap(), f.node(&second.path).unwrap());
+    let look = |node, name| f.files.lookup(node, name).unwrap().nodeid;
+    let (dir, other) = (look(a, c"dir"), look(a, c"other"));
+    let (below, file) = (look(dir, c"below"), look(dir, c"file"));
+    f.files.forget(dir, 1);
+    assert!(!f.exists(dir));
+    f.files.rename(a, c"dir", b, c"dir", 0).unwrap();
+    f.files.rename(a, c"other", b, c"other", 0).unwrap();
+    let mkdir = |name| f.files.mkdir(below, name, &MkdirIn::default(), CALLER);
+    mkdir(c"x").unwrap();
+    f.shares.remove(&second.name);
+    assert_eq!(mkdir(c"y").unwrap_err(), Errno::ROFS);
+    for node in [file, other] {
+        assert_eq!(f.open(node, OFlags::WRONLY).unwrap_err(), Errno::ROFS);
+        assert!(f.open(node, OFlags::RDONLY).is_ok());
+    }
+    f.shares.remove(&outer.name);
+    assert!(!f.exists(below) && !f.exists(file) && !f.exists(other));
+    assert!(f.exists(a));
+}
+
+/// The guest sees that when it looks up the directory.
+#[test]
+fn files_that_the_host_moves_lose_the_shares_of_their_old_location() {
+    let f = fixture();
+    for name in ["one/a/dir", "one/b"] {
+        fs::create_dir_all(f.dir.path().join(name)).unwrap();
+    }
+    fs::write(f.dir.path().join("one/a/dir/file"), "").unwrap();
+    let _outer = f.share("one", READ_ONLY);
+    let (first, second) = (f.share("one/a", WRITABLE), f.share("one/b", WRITABLE));
+    let dir = f.node(first.path.join("dir")).unwrap();
+    let file = f.node(first.path.join("dir/file")).unwrap();
+    let (from, to) = (
+        f.dir.path().join("one/a/dir"),
+        f.dir.path().join("one/b/dir"),
+    );
+    fs::rename(from, to).unwrap();
+    assert_eq!(f.node(second.path.join("dir")), Ok(dir));
+    f.shares.remove(&second.name);
+    assert_eq!(f.open(file, OFlags::WRONLY).unwrap_err(), Errno::ROFS);
+    assert!(f.open(file, OFlags::RDONLY).is_ok());
+}
+
+/// A file with several names may be in several places.
+#[test]
+fn a_moved_file_with_another_name_keeps_the_shares_of_that() {
+    let f = fixture();
+    for name in ["one/a", "one/b"] {
+        fs::create_dir_all(f.dir.path().join(name)).unwrap();
+    }
+    fs::write(f.dir.path().join("one/a/file"), "").unwrap();
+    fs::hard_link(
+        f.dir.path().join("one/a/file"),
+        f.dir.path().join("one/a/link"),
+    )
+    .unwrap();
+    let _outer = f.share("one", READ_ONLY);
+    let (first, second) = (f.share("one/a", WRITABLE), f.share("one/b", WRITABLE));
+    let (a, b) = (f.node(&first.path).unwrap(), f.node(&second.path).unwrap());
+    let file = f.files.lookup(a, c"file").unwrap().nodeid;
+    f.files.rename(a, c"file", b, c"file", 0).unwrap();
+    f.shares.remove(&second.name);
+    assert!(f.open(file, OFlags::WRONLY).is_ok());
+}
+
 #[test]
 fn the_root_of_a_share_is_found_while_the_share_exists() {
     let f = fixture();

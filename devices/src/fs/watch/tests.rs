@@ -218,6 +218,133 @@ fn the_end_of_a_directory_is_reported_once() {
     assert!(state.watched.values().all(|one| one.children.is_empty()));
 }
 
+/// Also if the host has given it another name.
+#[test]
+fn the_end_of_a_renamed_directory_is_reported_once() {
+    let f = Fixture::new();
+    for (is_read, name) in [(false, "first"), (true, "second")] {
+        fs::create_dir(f.path(name)).unwrap();
+        let dir = f.node(&std::ffi::CString::new(name).unwrap());
+        f.watch(dir, 1);
+        fs::rename(f.path(name), f.path("other")).unwrap();
+        let mut reported = match is_read {
+            true => f.reported(),
+            false => Vec::new(),
+        };
+        // Another one takes over its name.
+        fs::create_dir(f.path(name)).unwrap();
+        fs::remove_dir(f.path(name)).unwrap();
+        fs::remove_dir(f.path("other")).unwrap();
+        reported.extend(f.reported());
+        let ends = reported
+            .iter()
+            .filter(|(node, mask, _)| *node == dir && mask & kind::DELETE_SELF != 0);
+        assert_eq!(ends.count(), 1, "{name}: {reported:x?}");
+    }
+}
+
+/// A guest may watch thousands of directories beside each other, and cause thousands of events.
+#[test]
+fn an_event_concerns_the_directories_of_its_name_only() {
+    let f = Fixture::new();
+    let mut nodes = Vec::new();
+    for number in 0..20 {
+        let name = format!("dir{number}");
+        fs::create_dir(f.path(&name)).unwrap();
+        let node = f.node(&std::ffi::CString::new(name).unwrap());
+        f.watch(node, 1);
+        nodes.push(node);
+    }
+    let state = lock(&f.events.0.state);
+    let place = state.nodes[&nodes[3]].parent.clone().unwrap();
+    let parent = &state.watched[&place.0];
+    assert_eq!(parent.children.len(), 20);
+    assert_eq!(parent.children_named(b"dir3"), [nodes[3]]);
+    assert!(parent.children_named(b"dir").is_empty());
+}
+
+#[test]
+fn other_threads_get_their_turn_while_many_events_are_read() {
+    const COUNT: usize = 1000;
+    let f = Fixture::new();
+    f.watch(f.root, 1);
+    for number in 0..COUNT {
+        fs::create_dir(f.path(&number.to_string())).unwrap();
+    }
+    let watches = &f.events.0;
+    let has_more = watches.drain(&mut lock(&watches.state)).unwrap();
+    let read = lock(&watches.state).pending.len();
+    assert!(has_more && (256..512).contains(&read), "{read}");
+    assert_eq!(f.reported().len(), COUNT);
+}
+
+fn translate(f: &Fixture, descriptor: i32, kind: u32) {
+    let watches = &f.events.0;
+    let flags = inotify::ReadFlags::from_bits_retain(kind);
+    watches.translate(&mut lock(&watches.state), descriptor, flags, 0, &[]);
+}
+
+#[test]
+fn a_watch_that_the_host_ends_is_removed() {
+    let f = Fixture::new();
+    fs::write(f.path("file"), "").unwrap();
+    let file = f.node(c"file");
+    f.watch(file, 1);
+    let descriptor = lock(&f.events.0.state).nodes[&file].descriptor;
+    translate(&f, descriptor, kind::IGNORED);
+    let state = lock(&f.events.0.state);
+    assert!(state.nodes.is_empty() && state.watched.is_empty());
+    assert!(!f.events.0.any());
+}
+
+#[test]
+fn several_nodes_of_a_directory_count_each() {
+    let f = Fixture::new();
+    let mut nodes = vec![f.root];
+    for name in [c"t", c"u"] {
+        let share = name.to_str().unwrap();
+        f.shares.add(share, f.dir.path(), false).unwrap();
+        nodes.push(f.files.lookup(ROOT_ID, name).unwrap().nodeid);
+    }
+    let watches = Watches::new(f.events.0.inodes.clone()).unwrap();
+    watches.limit.set(2).unwrap();
+    let watch = |node: &u64| {
+        let inode = watches.inodes.get(*node)?;
+        watches.watch(&inode, 1, ALL)
+    };
+    let watched: Vec<_> = nodes.iter().map(watch).collect();
+    assert_eq!(watched[0], Ok(()));
+    assert_eq!(watched[2], Err(Errno::NOSPC));
+}
+
+/// They are not collected all at once.
+#[test]
+fn events_dropped_by_the_host_concern_every_node() {
+    const COUNT: usize = 600;
+    let f = Fixture::new();
+    let mut nodes = HashSet::new();
+    for number in 0..COUNT {
+        let name = format!("file{number}");
+        fs::write(f.path(&name), "").unwrap();
+        let node = f.node(&std::ffi::CString::new(name).unwrap());
+        f.watch(node, 1);
+        nodes.insert(node);
+    }
+    translate(&f, -1, kind::Q_OVERFLOW);
+    assert!(lock(&f.events.0.state).pending.is_empty());
+    let first = f.reported();
+    assert!(first.len() < COUNT);
+    assert_eq!(first[0].1, kind::MODIFY);
+    // More are dropped meanwhile: all have to look again.
+    translate(&f, -1, kind::Q_OVERFLOW);
+    let mut told: Vec<_> = f.reported().iter().map(|row| row.0).collect();
+    told.extend(f.reported().iter().map(|row| row.0));
+    assert_eq!(told.len(), COUNT);
+    let told: HashSet<u64> = told.into_iter().collect();
+    assert_eq!(told, nodes);
+    assert_eq!(f.reported(), []);
+}
+
 /// Of a file's names, the server knows that of the last lookup.
 #[test]
 fn changes_by_the_guest_are_not_reported_for_another_name_of_the_file() {

@@ -4,6 +4,7 @@ use super::{HostEvent, State, Watches, kind};
 use crate::fault::guest_fault;
 use crate::fs::inodes::{self, Inode};
 use koya_host::sync::lock;
+use rustix::fs::FileType;
 use rustix::fs::inotify::{self, ReadFlags};
 use rustix::io::Errno;
 use std::collections::VecDeque;
@@ -11,9 +12,16 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
+use std::sync::MutexGuard;
 
 /// Limit of collected events; further ones stay in the host's queue.
 const MAX_PENDING: usize = 4096;
+
+/// Number of events that are read before other threads get their turn; those read together with them are added.
+const EVENTS_AT_ONCE: usize = 256;
+
+/// How often [`EVENTS_AT_ONCE`] are read: more events than the host's queue holds, by default.
+const MAX_ROUNDS: usize = 65;
 
 /// Maximum number of events that are reported together.
 const MAX_REPORTED: usize = 1024;
@@ -24,38 +32,67 @@ pub(super) const HOST_COOKIE: u32 = 1 << 31;
 impl Watches {
     /// The events to be reported now.
     pub(super) fn take(&self) -> io::Result<Vec<HostEvent>> {
-        let state = &mut *lock(&self.state);
-        self.drain(state)?;
-        let count = state.pending.len().min(MAX_REPORTED);
-        let events = state.pending.drain(..count).collect();
-        if !state.pending.is_empty() {
+        let (mut state, read) = self.drained();
+        read?;
+        let state = &mut *state;
+        let again = state.look_again(MAX_REPORTED / 2);
+        for event in &again {
+            let node = state.nodes.get(&event.nodeid);
+            if node.is_some_and(|node| node.parent.is_some()) {
+                self.moved(state, event.nodeid);
+            }
+        }
+        let count = state.pending.len().min(MAX_REPORTED - again.len());
+        let mut events: Vec<_> = state.pending.drain(..count).collect();
+        events.extend(again);
+        if !state.pending.is_empty() || !state.dropped[0].is_empty() {
             self.wake.write(1).ok();
         }
         Ok(events)
     }
 
-    /// Reads the events from the host's queue.
-    pub(super) fn drain(&self, state: &mut State) -> io::Result<()> {
+    /// Reads the events from the host's queue. The guest can cause any number of them, so others get their turn meanwhile.
+    pub(super) fn drained(&self) -> (MutexGuard<'_, State>, io::Result<()>) {
+        for _ in 0..MAX_ROUNDS {
+            let mut state = self.in_turn();
+            match self.drain(&mut state) {
+                Ok(true) => {}
+                Ok(false) => return (state, Ok(())),
+                Err(error) => return (state, Err(error)),
+            }
+        }
+        (self.in_turn(), Ok(()))
+    }
+
+    fn in_turn(&self) -> MutexGuard<'_, State> {
+        drop(lock(&self.turn));
+        lock(&self.state)
+    }
+
+    /// Reads some events from the host's queue. True if there may be more that can be read now.
+    pub(super) fn drain(&self, state: &mut State) -> io::Result<bool> {
         let Some(queue) = self.queue.get() else {
-            return Ok(());
+            return Ok(false);
         };
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(queue, &mut buffer);
+        let mut left = EVENTS_AT_ONCE;
         // Events in the buffer can't be returned to the queue.
-        while state.pending.len() < MAX_PENDING || !reader.is_buffer_empty() {
+        while (left > 0 && state.pending.len() < MAX_PENDING) || !reader.is_buffer_empty() {
             let event = match reader.next() {
                 Ok(event) => event,
-                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             };
+            left = left.saturating_sub(1);
             let name = event.file_name().map_or(&[][..], CStr::to_bytes);
             self.translate(state, event.wd(), event.events(), event.cookie(), name);
         }
-        Ok(())
+        Ok(state.pending.len() < MAX_PENDING)
     }
 
-    fn translate(
+    pub(super) fn translate(
         &self,
         state: &mut State,
         descriptor: i32,
@@ -67,18 +104,11 @@ impl Watches {
         if bits & kind::Q_OVERFLOW != 0 {
             // The lost events are unknown: watchers have to look again. A guest can cause any number of events.
             guest_fault!("virtio-fs: the host dropped events of files that the guest watches");
-            let State { nodes, pending, .. } = state;
-            for (nodeid, node) in nodes {
-                let mask = match node.mask & kind::MODIFY {
-                    0 => kind::ATTRIB,
-                    modify => modify,
-                };
-                push(pending, *nodeid, mask, 0, &[]);
-            }
+            state.note_dropped();
             return;
         }
         if bits & kind::IGNORED != 0 {
-            state.watched.remove(&descriptor);
+            self.ended(state, descriptor);
             return;
         }
         let cookie = if cookie == 0 { 0 } else { cookie | HOST_COOKIE };
@@ -105,7 +135,12 @@ impl Watches {
         };
         let nodes: Vec<u64> = watched.nodes.iter().copied().collect();
         let children: Vec<u64> = match kind & (kind::DELETE | kind::MOVED) != 0 && dir != 0 {
-            true => watched.children.iter().copied().collect(),
+            true => {
+                // The root of a detached mount has no name, and is its own parent.
+                let names: [&[u8]; 2] = [name, b""];
+                let named = names.into_iter().map(|name| watched.children_named(name));
+                named.flatten().collect()
+            }
             false => Vec::new(),
         };
         for nodeid in nodes {
@@ -131,20 +166,40 @@ impl Watches {
             }
         }
         for nodeid in children {
-            let Some(node) = state.nodes.get(&nodeid) else {
-                continue;
-            };
-            if !self.is_gone(&node.inode) {
-                continue;
+            self.end_if_gone(state, nodeid);
+        }
+    }
+
+    /// Reports the removal of a watched directory, if it was removed.
+    fn end_if_gone(&self, state: &mut State, nodeid: u64) {
+        let Some(node) = state.nodes.get(&nodeid) else {
+            return;
+        };
+        if !self.is_gone(&node.inode) {
+            return;
+        }
+        if !state.is_own(node, &[], kind::DELETE_SELF) {
+            let mask = kind::DELETE_SELF | kind::IS_DIR;
+            push(&mut state.pending, nodeid, mask, 0, &[]);
+        }
+        // It ends once, also if another directory of its name is removed later.
+        let node = state.nodes.get_mut(&nodeid);
+        let place = node.and_then(|node| node.parent.take());
+        self.leave_parent(state, nodeid, place);
+    }
+
+    /// The host has ended a watch: its file is gone, or the file system.
+    fn ended(&self, state: &mut State, descriptor: i32) {
+        let Some(watched) = state.watched.remove(&descriptor) else {
+            return;
+        };
+        for nodeid in watched.nodes {
+            self.remove(state, nodeid);
+        }
+        for (_, nodeid) in watched.children {
+            if let Some(node) = state.nodes.get_mut(&nodeid) {
+                node.parent = None;
             }
-            if !state.is_own(node, &[], kind::DELETE_SELF) {
-                let mask = kind::DELETE_SELF | kind::IS_DIR;
-                push(&mut state.pending, nodeid, mask, 0, &[]);
-            }
-            // It ends once: otherwise each later event in its parent would be as many as the removed directories there.
-            let node = state.nodes.get_mut(&nodeid);
-            let parent = node.and_then(|node| node.parent.take());
-            self.leave_parent(state, nodeid, parent);
         }
     }
 
@@ -185,20 +240,30 @@ impl Watches {
     /// Whether a file is unlinked. If it can't be examined, nothing here holds it open, and the host reports
     /// the removal itself.
     fn is_gone(&self, inode: &Inode) -> bool {
-        let stat = self.inodes.fd(inode).and_then(inodes::stat);
+        let stat = self.inodes.fd(inode).and_then(inodes::cached_stat);
         stat.is_ok_and(|stat| stat.stx_nlink == 0)
     }
 
-    /// Updates the watches of a watched directory that has moved to another parent.
+    /// Updates the watches of a watched directory that has moved to another place, and may have been removed there.
     fn moved(&self, state: &mut State, nodeid: u64) {
-        let Some(inode) = state.nodes.get(&nodeid).map(|node| node.inode.clone()) else {
+        let Some(node) = state.nodes.get(&nodeid) else {
             return;
         };
+        let (inode, is_placed) = (node.inode.clone(), node.parent.is_some());
+        if inode.kind != FileType::Directory {
+            return;
+        }
+        if self.is_gone(&inode) {
+            if is_placed {
+                self.end_if_gone(state, nodeid);
+            }
+            return;
+        }
         let parent = self.join_parent(state, &inode);
         let Some(node) = state.nodes.get_mut(&nodeid) else {
             return;
         };
-        let before = std::mem::replace(&mut node.parent, parent);
+        let before = std::mem::replace(&mut node.parent, parent.clone());
         if before != parent {
             self.leave_parent(state, nodeid, before);
         }
