@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 /// Directory of the driver for virtio-mmio slots.
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 /// Directory of its slots, among other devices.
-const DEVICES: &str = "/sys/bus/platform/devices";
+pub(crate) const DEVICES: &str = "/sys/bus/platform/devices";
 
 /// A running container.
 pub(crate) struct Running<'a> {
@@ -80,11 +80,17 @@ fn disk_of(window: &str) -> Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// Makes the kernel probe an empty slot, and returns the disk that it finds.
-pub(crate) fn attach(window: u32) -> Result<String> {
+/// Makes the kernel probe a slot that was empty; returns the kernel's name of the slot.
+pub(crate) fn probe(window: u32, what: &str) -> Result<String> {
     let name = window_name(window)?;
     fs::write(format!("{DRIVER}/bind"), &name)
-        .with_context(|| format!("the kernel finds no disk behind window {window}"))?;
+        .with_context(|| format!("the kernel finds no {what} behind window {window}"))?;
+    Ok(name)
+}
+
+/// Makes the kernel probe an empty slot, and returns the disk that it finds.
+pub(crate) fn attach(window: u32) -> Result<String> {
+    let name = probe(window, "disk")?;
     // The disk's own driver may have failed, which the slot's driver does not report.
     disk_of(&name).inspect_err(|_| {
         unbind(&name).ok();
@@ -114,7 +120,17 @@ pub(crate) fn detach(window: u32) -> Result<()> {
     unbind(&window)
 }
 
-fn unbind(window: &str) -> Result<()> {
+/// Makes the kernel release the device in a slot, whatever it is. An empty slot is not an error.
+pub(crate) fn release(window: u32) -> Result<()> {
+    let window = window_name(window)?;
+    match device_directory(&window).join("driver").exists() {
+        true => unbind(&window),
+        false => Ok(()),
+    }
+}
+
+/// Makes the kernel release the device in the slot with this name.
+pub(crate) fn unbind(window: &str) -> Result<()> {
     fs::write(format!("{DRIVER}/unbind"), window)
         .with_context(|| format!("the kernel does not let go of window {window}"))
 }

@@ -1,6 +1,7 @@
 //! The guest's interfaces and routes, as configured by the host (rtnetlink(7)), and connections to its ports.
 
-use anyhow::{Context, Result};
+use crate::disks;
+use anyhow::{Context, Result, bail};
 use futures::TryStreamExt as _;
 use ipnet::IpNet;
 use koya_protocol::STREAM_PORT;
@@ -9,8 +10,10 @@ use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHe
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::{Handle, LinkUnspec};
+use std::fs;
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -43,7 +46,7 @@ pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
         .collect::<Result<_>>()?;
     with_kernel(async |handle| {
         let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
-        let index = find(&links, &wanted.hw_addr)?;
+        let index = find(&links, &wanted.hw_addr, None)?;
         // Another interface with this name gets its own later.
         if let Some(other) = holder(&links, &wanted.name).filter(|other| *other != index) {
             let run_blocking = LinkUnspec::new_with_index(other).name(format!("koya-net{other}"));
@@ -125,9 +128,54 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
     Ok(())
 }
 
-/// The interface with this MAC address. Networks on one host interface (ipvlan) share an address: of several, the first one
-/// that is not set up yet, since both sides have them in the same order.
-fn find(links: &[LinkMessage], hw_addr: &str) -> Result<u32> {
+/// Makes the kernel probe a slot that holds a network now.
+pub(crate) fn attach(window: u32) -> Result<()> {
+    let slot = disks::probe(window, "network")?;
+    let has_interface = || -> Result<bool> {
+        for entry in fs::read_dir(Path::new(disks::DEVICES).join(&slot))? {
+            let entry = entry?;
+            let is_device = entry.file_name().to_string_lossy().starts_with("virtio");
+            if is_device && entry.path().join("net").exists() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    // The network's own driver may have failed, which the slot's driver does not report.
+    if !has_interface()? {
+        disks::unbind(&slot).ok();
+        bail!("the device behind window {window} is no network");
+    }
+    Ok(())
+}
+
+/// Makes the kernel release the device of an interface that was set up.
+pub(crate) async fn detach(interface: &Interface) -> Result<()> {
+    let (hw_addr, name) = (&interface.hw_addr, &interface.name);
+    let found = with_kernel(async |handle| {
+        let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
+        let index = find(&links, hw_addr, Some(name)).ok();
+        let link = links.into_iter().find(|l| Some(l.header.index) == index);
+        let mut attributes = link.into_iter().flat_map(|link| link.attributes);
+        Ok(attributes.find_map(|attribute| match attribute {
+            LinkAttribute::IfName(own) => Some(own),
+            _ => None,
+        }))
+    });
+    let Some(own) = found.await? else {
+        return Ok(());
+    };
+    // /sys/devices/platform/SLOT/virtioN
+    let device = fs::canonicalize(format!("/sys/class/net/{own}/device"))
+        .with_context(|| format!("{own} has no device"))?;
+    let slot = device.parent().and_then(|slot| slot.file_name());
+    let slot = slot.with_context(|| format!("{own} has no slot"))?;
+    disks::unbind(&slot.to_string_lossy())
+}
+
+/// The interface with this MAC address. Networks on one host interface (ipvlan) share an address: of several, the one with the
+/// name that it is known by, or the first one that is not set up yet, since both sides have them in the same order.
+fn find(links: &[LinkMessage], hw_addr: &str, known: Option<&str>) -> Result<u32> {
     let has_address = |link: &&LinkMessage| {
         link.attributes.iter().any(|attribute| {
             let LinkAttribute::Address(bytes) = attribute else {
@@ -139,7 +187,11 @@ fn find(links: &[LinkMessage], hw_addr: &str) -> Result<u32> {
     };
     let is_up = |link: &LinkMessage| link.header.flags.contains(LinkFlags::Up);
     let all = links.iter().filter(has_address);
-    let first = all.min_by_key(|link| (is_up(link), link.header.index));
+    let named = known.and_then(|name| holder(links, name));
+    let first = all.min_by_key(|link| {
+        let index = link.header.index;
+        (Some(index) != named, is_up(link), index)
+    });
     let first = first.map(|link| link.header.index);
     first.with_context(|| format!("the guest has no interface with the address {hw_addr}"))
 }
@@ -181,10 +233,14 @@ mod tests {
             ]
         };
         let address = "02:00:00:00:00:AA";
-        assert_eq!(find(&links(false, false), address).unwrap(), 2);
-        assert_eq!(find(&links(true, false), address).unwrap(), 3);
-        assert_eq!(find(&links(true, true), address).unwrap(), 2);
-        assert!(find(&links(false, false), "02:00:00:00:00:cc").is_err());
+        assert_eq!(find(&links(false, false), address, None).unwrap(), 2);
+        assert_eq!(find(&links(true, false), address, None).unwrap(), 3);
+        assert_eq!(find(&links(true, true), address, None).unwrap(), 2);
+        assert_eq!(find(&links(true, true), address, Some("eth1")).unwrap(), 3);
+        // Renamed by a container.
+        assert_eq!(find(&links(true, true), address, Some("x")).unwrap(), 2);
+        assert_eq!(find(&links(true, true), address, Some("eth2")).unwrap(), 2);
+        assert!(find(&links(false, false), "02:00:00:00:00:cc", None).is_err());
         assert_eq!(holder(&links(false, false), "eth2"), Some(4));
         assert_eq!(holder(&links(false, false), "eth9"), None);
     }

@@ -20,15 +20,15 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
-    Accounts, AdjustClockRequest, AskNameServerRequest, AttachDiskRequest, ConnectPortRequest,
-    ContainerDeviceRequest, ContainerRequest, ContainerStats, CreateContainerRequest,
-    DestroySandboxRequest, DetachDiskRequest, Disk, Empty, ExecProcessRequest, GetClockRequest,
-    GetGuestDetailsRequest, GetOomEventRequest, GuestClock, GuestDetails, GuestTimes,
-    MountImageRequest, NameServerAnswer, OomEvent, Process, RemoveContainerRequest,
-    ReportHostEventsRequest, ServeNamesRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
-    SetSysctlsRequest, SignalProcessRequest, StartContainerRequest, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
-    WaitProcessResponse,
+    Accounts, AdjustClockRequest, AskNameServerRequest, AttachDiskRequest, AttachNetworkRequest,
+    ConnectPortRequest, ContainerDeviceRequest, ContainerRequest, ContainerStats,
+    CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, DetachNetworkRequest, Disk,
+    Empty, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest, GetOomEventRequest,
+    GuestClock, GuestDetails, GuestTimes, MountImageRequest, NameServerAnswer, OomEvent, Process,
+    RemoveContainerRequest, ReportHostEventsRequest, ServeNamesRequest, SetGuestDateTimeRequest,
+    SetOnlineCpusRequest, SetSysctlsRequest, SignalProcessRequest, StartContainerRequest,
+    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, ErrorReason, create_agent};
 use std::future::Future;
@@ -292,6 +292,36 @@ impl Agent for Service {
         self.ask(async move |_: State| {
             let interface = request.interface.into_option().context("no interface")?;
             network::update_interface(&interface).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn attach_network(
+        &self,
+        _: &TtrpcContext,
+        request: AttachNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            run_blocking(move || network::attach(request.window)).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn detach_network(
+        &self,
+        _: &TtrpcContext,
+        request: DetachNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            match request.window {
+                Some(window) => run_blocking(move || disks::release(window)).await?,
+                None => {
+                    let interface = request.interface.into_option().context("no interface")?;
+                    network::detach(&interface).await?;
+                }
+            }
             Ok(Empty::new())
         })
         .await

@@ -42,6 +42,7 @@ mod error;
 pub mod files;
 mod guest_resources;
 mod host_view;
+mod interface_changes;
 #[doc(hidden)]
 pub mod internals;
 mod json;
@@ -81,6 +82,7 @@ pub use dns::DnsForwarder;
 pub use egress_filter::host_addresses;
 pub use error::{Error, ErrorKind};
 pub use host_view::HostView;
+pub use interface_changes::InterfaceChanges;
 pub use koya_image as image;
 pub use koya_protocol::{hook, is_id};
 pub use koya_vmm as vmm;

@@ -139,7 +139,7 @@ impl NetworkConfig {
     }
 
     /// The host interface that the guest takes over, if any.
-    fn takeover(&self) -> Option<&str> {
+    pub(crate) fn takeover(&self) -> Option<&str> {
         match &self.host {
             HostEnd::Join { interface } => Some(interface),
             HostEnd::Tap { .. } => None,
@@ -218,51 +218,86 @@ struct Found {
     is_tap: bool,
 }
 
+/// An interface of the namespace that the guest has.
+#[derive(Clone, Debug)]
+pub(crate) struct Joined {
+    /// Its index in the namespace.
+    pub(crate) index: u32,
+    /// With the interface's properties.
+    pub(crate) network: NetworkConfig,
+    /// The device, if it is in a hot-plug slot.
+    pub(crate) slot: Option<Slot>,
+}
+
+/// Numbers of a hot-plug slot: among those slots, and all MMIO slots.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot {
+    pub(crate) slot: usize,
+    pub(crate) mmio_slot: usize,
+}
+
+/// The index of an interface in the calling thread's network namespace.
+pub(crate) fn index_of(interface: &str) -> io::Result<u32> {
+    Ok(nix::net::if_::if_nametoindex(interface)?)
+}
+
 /// The interfaces of a network namespace that were taken over by guests; dropping this gives them back, for the next user of
 /// the namespace.
 pub(crate) struct Takeover {
     namespace: File,
-    networks: Vec<NetworkConfig>,
+    pub(crate) joined: Vec<Joined>,
+    /// Routes and rules that the guest has got.
+    pub(crate) routing: Routing,
 }
 
 impl Takeover {
-    /// The interfaces of these networks, in the calling thread's network namespace; `None` if there are none.
-    pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Option<Self>, Error> {
-        let takeover = networks.iter().filter(|n| n.takeover().is_some());
-        let networks: Vec<_> = takeover.cloned().collect();
-        if networks.is_empty() {
-            return Ok(None);
-        }
+    /// The interfaces of these networks, in the calling thread's network namespace.
+    pub(crate) fn of(networks: &[NetworkConfig], routing: Routing) -> Result<Self, Error> {
+        let takeover = networks.iter().filter_map(|network| {
+            let index = index_of(network.takeover()?);
+            Some(index.map(|index| Joined {
+                index,
+                network: network.clone(),
+                slot: None,
+            }))
+        });
+        let joined: io::Result<Vec<_>> = takeover.collect();
         let namespace = File::open("/proc/thread-self/ns/net");
-        Ok(Some(Self {
+        Ok(Self {
             namespace: namespace.map_err(Error::host("open the network namespace"))?,
-            networks,
-        }))
+            joined: joined.map_err(Error::host("find the network interfaces"))?,
+            routing,
+        })
     }
 }
 
 impl Drop for Takeover {
     fn drop(&mut self) {
-        let networks = std::mem::take(&mut self.networks);
-        let given_back = in_namespace(Some(&self.namespace), |handle| {
-            Box::pin(async move {
-                for network in networks {
-                    let name = network.takeover().unwrap_or_default();
-                    // It may no longer exist.
-                    if let Ok(link) = link(&handle, name).await {
-                        stop_redirection(&handle, link.header.index).await?;
-                        if network.host_access == Some(true) {
-                            host_access::restore_routes(&handle, &network, link.header.index)
-                                .await?;
-                        }
+        let joined = std::mem::take(&mut self.joined);
+        if !joined.is_empty() {
+            give_back(Some(&self.namespace), joined);
+        }
+    }
+}
+
+/// Gives interfaces of a network namespace (default: the calling thread's) back to it, as far as they still exist.
+pub(crate) fn give_back(namespace: Option<&File>, joined: Vec<Joined>) {
+    let given_back = in_namespace(namespace, |handle| {
+        Box::pin(async move {
+            for Joined { network, .. } in joined {
+                let name = network.takeover().unwrap_or_default();
+                if let Ok(link) = link(&handle, name).await {
+                    stop_redirection(&handle, link.header.index).await?;
+                    if network.host_access == Some(true) {
+                        host_access::restore_routes(&handle, &network, link.header.index).await?;
                     }
                 }
-                Ok(())
-            })
-        });
-        if let Err(error) = given_back {
-            log::debug!("interfaces keep their redirections: {error}");
-        }
+            }
+            Ok(())
+        })
+    });
+    if let Err(error) = given_back {
+        log::debug!("interfaces keep their redirections: {error}");
     }
 }
 

@@ -98,7 +98,7 @@ pub(crate) struct Inner {
     // Ends the agent's connection when the sandbox is dropped.
     _connection: Connection,
     /// Given back when the sandbox stops.
-    takeover: Mutex<Option<Takeover>>,
+    pub(crate) takeover: Mutex<Option<Takeover>>,
     pub(crate) timeline: Arc<Recorder>,
     /// Disks shared by containers, by path and mode.
     disks: RefCountedMap<(PathBuf, bool), Disk>,
@@ -206,7 +206,7 @@ impl Sandbox {
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
         timeline.set_boot_events(vm.handle().boot_events());
         let running = timeline.next(Lane::Kernel, "kernel");
-        let takeover = Takeover::of(&networks)?;
+        let takeover = Takeover::of(&networks, routing.clone())?;
         for (network, device) in networks.iter().zip(vm.handle().networks()) {
             network.connect(device.tap_name())?;
         }
@@ -239,7 +239,7 @@ impl Sandbox {
                 console,
                 handle: vm.handle(),
                 _connection: connection,
-                takeover: Mutex::new(takeover),
+                takeover: Mutex::new(Some(takeover)),
                 timeline,
                 disks: RefCountedMap::default(),
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,

@@ -460,6 +460,7 @@ const OF_KOYA_VMM: &[&str] = &[
     "ArchError",
     "AttachError",
     "AttachedDisk",
+    "AttachedNetwork",
     "BootEvent",
     "BootEvents",
     "ConfigError",

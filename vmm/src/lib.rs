@@ -116,7 +116,7 @@ pub use config::{
     MAX_NET_QUEUES, MIN_MEMORY_MIB, MemoryBacking, NetConfig, Serial, Spec, VmConfig, VsockConfig,
 };
 pub use exit::ExitReason;
-pub use hotplug::{AttachError, AttachedDisk};
+pub use hotplug::{AttachError, AttachedDisk, AttachedNetwork};
 pub use koya_host as host;
 pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};

@@ -3,9 +3,9 @@
 use crate::boot_events::BootEvents;
 use crate::builder::{BuiltVcpu, Parts, StartError, VmBuilder};
 use crate::bus::Bus;
-use crate::config::{DiskConfig, Spec};
+use crate::config::{DiskConfig, NetConfig, Spec};
 use crate::exit::ExitReason;
-use crate::hotplug::{AttachError, AttachedDisk, HotplugSlots};
+use crate::hotplug::{AttachError, AttachedDisk, AttachedNetwork, HotplugSlots};
 use crate::kvm::{Machine, Thread};
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
@@ -239,7 +239,7 @@ impl VmHandle {
     /// The reason why the disk cannot be used, or the lack of a free slot.
     pub fn attach_disk(&self, config: &DiskConfig) -> Result<AttachedDisk, AttachError> {
         let hotplug = self.handles.hotplug.as_ref();
-        hotplug.ok_or(AttachError::NoSlot(0))?.attach(config)
+        hotplug.ok_or(AttachError::NoSlot(0))?.attach_disk(config)
     }
 
     /// Detaches the disk in a slot after the guest kernel has released it. The slot can be used again.
@@ -248,7 +248,9 @@ impl VmHandle {
     /// If the slot is empty.
     pub fn detach_disk(&self, slot: usize) -> Result<(), AttachError> {
         let hotplug = self.handles.hotplug.as_ref();
-        hotplug.ok_or(AttachError::NoDisk(slot))?.detach(slot, true)
+        hotplug
+            .ok_or(AttachError::NoDisk(slot))?
+            .detach_disk(slot, true)
     }
 
     /// Removes the disk in a slot before the guest has released it, as if a cable were pulled: unwritten data
@@ -261,13 +263,43 @@ impl VmHandle {
         let hotplug = self.handles.hotplug.as_ref();
         hotplug
             .ok_or(AttachError::NoDisk(slot))?
-            .detach(slot, false)
+            .detach_disk(slot, false)
     }
 
     /// The disks attached at run time.
     pub fn attached_disks(&self) -> Vec<AttachedDisk> {
         let hotplug = self.handles.hotplug.as_ref();
         hotplug.map(HotplugSlots::disks).unwrap_or_default()
+    }
+
+    /// Attaches a network to a hot-plug slot, as [`attach_disk`](Self::attach_disk) does with a disk. Its tap is in the network
+    /// namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The reason why the network cannot be used, or the lack of a free slot.
+    pub fn attach_network(&self, config: &NetConfig) -> Result<AttachedNetwork, AttachError> {
+        let hotplug = self.handles.hotplug.as_ref();
+        hotplug
+            .ok_or(AttachError::NoSlot(0))?
+            .attach_network(config)
+    }
+
+    /// Detaches the network in a slot. The slot can be used again if the guest kernel has released it: otherwise its driver may
+    /// still access it.
+    ///
+    /// # Errors
+    /// If there is no network in the slot.
+    pub fn detach_network(&self, slot: usize, is_released: bool) -> Result<(), AttachError> {
+        let hotplug = self.handles.hotplug.as_ref();
+        hotplug
+            .ok_or(AttachError::NoNetwork(slot))?
+            .detach_network(slot, is_released)
+    }
+
+    /// The networks attached at run time.
+    pub fn attached_networks(&self) -> Vec<AttachedNetwork> {
+        let hotplug = self.handles.hotplug.as_ref();
+        hotplug.map(HotplugSlots::networks).unwrap_or_default()
     }
 
     /// The networks of the configuration, in order.

@@ -9,13 +9,19 @@ use rtnetlink::packet_core::Parseable;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::packet_route::rule::RuleMessage;
+use rustix::io::Errno;
 use std::io::ErrorKind;
 
-/// Adds routes and rules in order.
-pub(crate) async fn update(request: &UpdateRoutesRequest) -> Result<()> {
-    let routes = request.routes.iter();
+fn parse(routes: &[Vec<u8>]) -> Result<Vec<RouteMessage>> {
+    let routes = routes.iter();
     let routes = routes.map(|bytes| RouteMessage::parse(bytes).context("not a route"));
-    let routes = routes.collect::<Result<Vec<_>>>()?;
+    routes.collect()
+}
+
+/// Removes routes, then adds routes and rules in order.
+pub(crate) async fn update(request: &UpdateRoutesRequest) -> Result<()> {
+    let removed = parse(&request.removed_routes)?;
+    let routes = parse(&request.routes)?;
     let rules = request.rules.iter();
     let rules = rules.map(|bytes| RuleMessage::parse(bytes).context("not a rule"));
     let rules = rules.collect::<Result<Vec<_>>>()?;
@@ -23,6 +29,16 @@ pub(crate) async fn update(request: &UpdateRoutesRequest) -> Result<()> {
         let mut indices = Vec::new();
         for name in &request.interfaces {
             indices.push(index_of(&handle, name).await?);
+        }
+        for mut route in removed {
+            let what = describe(&route, &request.interfaces);
+            place(&mut route, &indices)?;
+            match handle.route().del(route).execute().await {
+                // There is none.
+                Err(rtnetlink::Error::NetlinkError(error))
+                    if error.to_io().raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {}
+                deleted => deleted.with_context(|| format!("cannot remove the route {what}"))?,
+            }
         }
         for mut route in routes {
             let what = describe(&route, &request.interfaces);

@@ -3,8 +3,8 @@
 use super::{Agent, LIMIT, MAX_CONNECTS, SHORT_LIMIT};
 use crate::Error;
 use koya_protocol::messages::{
-    AskNameServerRequest, ConnectPortRequest, Interface, ServeNamesRequest, SetSysctlsRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest,
+    AskNameServerRequest, AttachNetworkRequest, ConnectPortRequest, DetachNetworkRequest,
+    Interface, ServeNamesRequest, SetSysctlsRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -70,6 +70,35 @@ impl Agent {
         };
         self.ask("set up the guest's network", LIMIT, |client, limit| {
             client.update_interface(limit, &request)
+        })
+        .map(drop)
+    }
+
+    /// Makes the guest kernel probe a hot-plug slot that holds a network.
+    pub(crate) fn attach_network(&self, window: usize) -> Result<(), Error> {
+        let request = AttachNetworkRequest {
+            window: window as u32,
+            ..Default::default()
+        };
+        self.ask("attach the network in the guest", LIMIT, |client, limit| {
+            client.attach_network(limit, &request)
+        })
+        .map(drop)
+    }
+
+    /// Makes the guest kernel release the device of an interface, which is in this hot-plug slot, if in any.
+    pub(crate) fn detach_network(
+        &self,
+        interface: Interface,
+        window: Option<usize>,
+    ) -> Result<(), Error> {
+        let request = DetachNetworkRequest {
+            interface: Some(interface).into(),
+            window: window.map(|window| window as u32),
+            ..Default::default()
+        };
+        self.ask("detach the network in the guest", LIMIT, |client, limit| {
+            client.detach_network(limit, &request)
         })
         .map(drop)
     }

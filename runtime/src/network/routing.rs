@@ -27,7 +27,7 @@ const LOOPBACK: &str = "lo";
 
 /// Routes in an order in which gateways are reachable when they are used, and rules. An interface index in a route is the
 /// position of its network, from 1.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Routing {
     interfaces: Vec<String>,
     routes: Vec<RouteMessage>,
@@ -67,6 +67,28 @@ impl Routing {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.routes.is_empty() && self.rules.is_empty()
+    }
+
+    /// Those of `old` that are not among these, and whose interfaces still exist: the guest kernel removes others itself.
+    fn removed(&self, old: &Self) -> Vec<RouteMessage> {
+        let mut indices = HashMap::new();
+        for (name, index) in old.interfaces.iter().zip(1..) {
+            let now = self.interfaces.iter().position(|own| own == name);
+            indices.extend(now.map(|now| (index, now as u32 + 1)));
+        }
+        let routes = old.routes.iter().cloned();
+        let routes = routes.filter_map(|route| renumbered(route, &indices));
+        routes
+            .filter(|route| !self.routes.contains(route))
+            .collect()
+    }
+
+    /// The request for the agent of a guest that has got `old`.
+    pub(crate) fn change_request(&self, old: &Self) -> UpdateRoutesRequest {
+        UpdateRoutesRequest {
+            removed_routes: self.removed(old).iter().map(bytes).collect(),
+            ..self.request()
+        }
     }
 
     /// The request for the agent.
@@ -174,6 +196,22 @@ fn table(route: &RouteMessage) -> u32 {
         _ => None,
     });
     long.unwrap_or_else(|| route.header.table.into())
+}
+
+/// A route with other interface indexes; `None` if it has one that is not among them.
+fn renumbered(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<RouteMessage> {
+    for attribute in &mut route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => *index = *indices.get(index)?,
+            RouteAttribute::MultiPath(hops) => {
+                for hop in hops {
+                    hop.interface_index = *indices.get(&hop.interface_index)?;
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(route)
 }
 
 /// Converts a route of the namespace for the guest; `None` if it belongs to another interface, or if the guest kernel

@@ -2,7 +2,7 @@
 //! without a guest.
 
 use crate::Error;
-use crate::namespaces::{interfaces, is_in_user_namespace};
+use crate::namespaces::{current_interfaces, interfaces, is_in_user_namespace};
 use crate::resize::bound_memory;
 use crate::set::{State, Task, TaskSet};
 use crate::size::{Limits, sum_of_limits};
@@ -12,8 +12,8 @@ use koya::oci_spec::runtime as oci;
 use koya::vmm::devices::rate_limit::{Rate, RateLimiter};
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
-    Bundle, Container, ContainerStats, DnsForwarder, ExecOptions, HostEnd, Loopback, NetworkConfig,
-    ProcessStreams, Sandbox, SandboxConfig, Size, Step, TimelineFile,
+    Bundle, Container, ContainerStats, DnsForwarder, ExecOptions, HostEnd, InterfaceChanges,
+    Loopback, NetworkConfig, ProcessStreams, Sandbox, SandboxConfig, Size, Step, TimelineFile,
 };
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -194,6 +194,7 @@ struct SandboxMachine {
     sandbox: Arc<Sandbox>,
     _loopback: Option<Loopback>,
     _names: Option<DnsForwarder>,
+    _changes: Option<InterfaceChanges>,
 }
 
 impl VirtualMachine for SandboxMachine {
@@ -287,10 +288,15 @@ pub(crate) fn boot_sandbox(
             .ok(),
         false => None,
     };
+    // Without it, the guest keeps the networks of its start.
+    let changes = InterfaceChanges::follow(&sandbox, || current_interfaces().map(joined))
+        .map_err(|error| log::warn!("{:#}", anyhow::Error::from(error)))
+        .ok();
     let names = options.name_server;
     let names = names.map(|address| DnsForwarder::start(&sandbox, address));
     Ok(Arc::new(SandboxMachine {
         _names: names.transpose()?,
+        _changes: changes,
         sandbox,
         _loopback: loopback,
     }))
@@ -421,22 +427,25 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
     } else {
         config.sysctls = task.spec.network_sysctls();
     }
-    // Without root, ports are published by a process in the namespace (rootlessport), which connects to the container's
-    // address there; with root, connections come from outside, unless the interface is a tap.
-    let host_access = is_in_user_namespace().then_some(true);
-    config.networks = interfaces()?
-        .into_iter()
-        .map(|interface| NetworkConfig {
-            name: interface.clone(),
-            host_access,
-            ..NetworkConfig::new(HostEnd::Join { interface })
-        })
-        .collect();
+    config.networks = joined(interfaces()?);
     config.timeline = Some(TimelineFile {
         id: task.id.clone(),
         began: None,
     });
     Ok(config)
+}
+
+/// The networks of a guest that takes over these interfaces.
+fn joined(interfaces: Vec<String>) -> Vec<NetworkConfig> {
+    // Without root, ports are published by a process in the namespace (rootlessport), which connects to the container's
+    // address there; with root, connections come from outside, unless the interface is a tap.
+    let host_access = is_in_user_namespace().then_some(true);
+    let networks = interfaces.into_iter().map(|interface| NetworkConfig {
+        name: interface.clone(),
+        host_access,
+        ..NetworkConfig::new(HostEnd::Join { interface })
+    });
+    networks.collect()
 }
 
 /// The guest's console in the log, line by line; of a guest that writes all the time, [`CONSOLE_LINES`] of them.

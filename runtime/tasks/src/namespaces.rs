@@ -5,6 +5,7 @@ use koya::oci_spec::runtime::{LinuxNamespaceType, Spec};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -126,8 +127,7 @@ fn is_of_a_process(path: &Path) -> bool {
 
 /// The interfaces of this process's network namespace that a guest can take over.
 pub(crate) fn interfaces() -> Result<Vec<String>> {
-    let text = fs::read_to_string("/proc/net/dev").context("cannot read /proc/net/dev")?;
-    let names = interfaces_in(&text);
+    let names = current_interfaces().context("cannot read /proc/net/dev")?;
     if names.len() > MAX_INTERFACES {
         bail!(
             "{} network interfaces are more than a sandbox takes",
@@ -135,6 +135,11 @@ pub(crate) fn interfaces() -> Result<Vec<String>> {
         );
     }
     Ok(names)
+}
+
+/// The same, however many there are.
+pub(crate) fn current_interfaces() -> io::Result<Vec<String>> {
+    Ok(interfaces_in(&fs::read_to_string("/proc/net/dev")?))
 }
 
 /// The same, from the contents of `/proc/net/dev` (proc_pid_net(5)).

@@ -8,6 +8,7 @@ use std::fs;
 
 crate::trials!(
     containers_have_podmans_networks,
+    networks_come_and_go_while_a_container_runs,
     a_kubernetes_file_is_played,
 );
 
@@ -41,6 +42,62 @@ fn containers_have_podmans_networks() -> Result<()> {
     ensure!(said == "nameserver 10.94.0.1\npong", "{said}");
     podman.ok(&["rm", "--force", "--time", "0", "web"])?;
     podman.ok(&["network", "rm", network])?;
+    Ok(())
+}
+
+fn networks_come_and_go_while_a_container_runs() -> Result<()> {
+    load_modules()?;
+    let podman = Podman::new()?;
+    let [first, second] = ["koya-first", "koya-second"];
+    podman.ok(&["network", "create", "--subnet", "10.96.0.0/24", first])?;
+    podman.ok(&["network", "create", "--subnet", "10.97.0.0/24", second])?;
+    let own = ["run", "-d", "--name", "web", "--network", first];
+    podman.ok(&[&own[..], &["bb", "sh", "-c", &serve("pong")]].concat())?;
+    let answers = |address: &str| {
+        let said = page(address).unwrap_or_default();
+        Ok(said.ends_with("pong\n").then_some(()))
+    };
+    let inside = |script: &str| podman.ok(&["exec", "web", "sh", "-c", script]);
+    until("its address to answer", || answers("10.96.0.2:80"))?;
+    // An interface that stays is not touched.
+    let index = "cat /sys/class/net/eth0/ifindex";
+    let before = inside(index)?;
+    for _ in 0..2 {
+        podman.ok(&["network", "connect", second, "web"])?;
+        // podman does not assign an address again at once.
+        let of = |property: &str| {
+            let format =
+                format!("{{{{(index .NetworkSettings.Networks \"{second}\").{property}}}}}");
+            podman.ok(&["inspect", "--format", &format, "web"])
+        };
+        let address = of("IPAddress")? + ":80";
+        until("the new address to answer", || answers(&address))?;
+        let outside = of("MacAddress")?;
+        let own = inside("cat /sys/class/net/eth1/address")?;
+        ensure!(own == outside, "{own} is not {outside}");
+        podman.ok(&["network", "disconnect", second, "web"])?;
+        until("the interface to vanish", || {
+            let names = inside("echo /sys/class/net/*")?;
+            Ok((!names.contains("eth1")).then_some(()))
+        })?;
+        until("the first address to answer", || answers("10.96.0.2:80"))?;
+    }
+    ensure!(inside(index)? == before, "eth0 was replaced");
+    podman.ok(&["network", "reload", "web"])?;
+    until("its address to answer again", || answers("10.96.0.2:80"))?;
+    until("its route to be there again", || {
+        let routes = inside("ip route")?;
+        Ok(routes.contains("default via 10.96.0.1").then_some(()))
+    })?;
+    podman.ok(&["network", "disconnect", first, "web"])?;
+    until("the last interface to vanish", || {
+        let names = inside("echo /sys/class/net/*")?;
+        Ok((!names.contains("eth")).then_some(()))
+    })?;
+    podman.ok(&["rm", "--force", "--time", "0", "web"])?;
+    for network in [first, second] {
+        podman.ok(&["network", "rm", network])?;
+    }
     Ok(())
 }
 

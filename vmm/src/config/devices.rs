@@ -62,7 +62,7 @@ pub struct NetConfig {
 pub const MAX_NET_QUEUES: u16 = MAX_PAIRS;
 
 impl NetConfig {
-    pub(super) fn check(&self) -> Result<Net, ConfigError> {
+    pub(crate) fn check(&self) -> Result<Net, ConfigError> {
         let failed = |source| ConfigError::Network {
             tap: self.tap.clone(),
             source,
@@ -117,7 +117,7 @@ pub struct DiskConfig {
     pub limits: RateLimits,
 }
 
-/// Maximum number of slots for hot-plugged disks.
+/// Maximum number of slots for hot-plugged disks and networks.
 pub const MAX_DISK_SLOTS: u32 = 16;
 /// Maximum number of queues of a disk.
 pub const MAX_DISK_QUEUES: u16 = MAX_QUEUES;

@@ -83,7 +83,7 @@ pub struct VmConfig {
     /// Disks, in the order in which the guest sees them (`/dev/vda`, `/dev/vdb`, ...). Default: none.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
-    /// Number of slots for hot-plugged disks, up to [`MAX_DISK_SLOTS`]; the guest probes each empty slot when
+    /// Number of slots for hot-plugged disks and networks, up to [`MAX_DISK_SLOTS`]; the guest probes each empty slot when
     /// it starts. Default: 0.
     #[serde(default)]
     pub disk_slots: u32,

@@ -123,3 +123,24 @@ fn a_route_of_two_families_is_refused() {
     assert!(comes_later(&route));
     assert!(route.attributes.contains(&RouteAttribute::Oif(2)));
 }
+
+#[test]
+fn a_route_that_vanished_is_removed_unless_its_interface_did_too() {
+    let by = |interface, last| told(vec![gateway(last), RouteAttribute::Oif(interface)]);
+    let old = Routing {
+        interfaces: vec!["eth0".into(), "eth1".into()],
+        routes: vec![by(1, 1), by(2, 2), by(2, 3)],
+        ..Routing::default()
+    };
+    // eth0 is gone, and eth1 has another index.
+    let new = Routing {
+        interfaces: vec!["eth1".into()],
+        routes: vec![by(1, 3), by(1, 4)],
+        ..Routing::default()
+    };
+    assert_eq!(new.removed(&old), [by(1, 2)]);
+    let request = new.change_request(&old);
+    assert_eq!(request.removed_routes, [bytes(&by(1, 2))]);
+    assert_eq!(request.routes.len(), 2);
+    assert!(new.removed(&new).is_empty());
+}
