@@ -308,9 +308,9 @@ impl Inner {
     /// A device that the guest does not release loses its tap nevertheless. One that it was started with has no hot-plug slot,
     /// and remains without an interface.
     fn detach_network(&self, joined: &Joined) -> Result<(), Error> {
-        let window = joined.slot.map(|slot| slot.mmio_slot);
+        let mmio_slot = joined.slot.map(|slot| slot.mmio_slot);
         let interface = joined.network.interface();
-        let released = self.agent.detach_network(interface, window);
+        let released = self.agent.detach_network(interface, mmio_slot);
         // An interface that has changed still exists.
         give_back(None, vec![joined.clone()]);
         if let Some(Slot { slot, .. }) = joined.slot {

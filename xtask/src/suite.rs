@@ -18,9 +18,9 @@ pub(crate) struct TestArgs {
     /// Run only the tests that need no Linux guest
     #[arg(long)]
     quick: bool,
-    /// Leave out the Linux guests on emulated aarch64 hosts, which a run of all tests on x86_64 includes (`smoke`)
-    #[arg(long)]
-    only_native: bool,
+    /// On x86_64, run a few Linux guests on emulated aarch64 hosts after all other tests (`smoke`)
+    #[arg(long, conflicts_with_all = ["arch", "quick", "filter"])]
+    with_aarch64: bool,
     /// Leave out the Linux guests that passed in earlier runs with this option; the others are run, and stored when they
     /// pass
     #[arg(long)]
@@ -37,7 +37,7 @@ const EXAMPLES: [&str; 4] = ["--example", "console", "--example", "hello"];
 /// other features for it alone.
 const NO_SYSTEM_TESTS: &str = "KOYA_TEST_NONE";
 
-/// Lints, unit tests and tiny guests, then Linux guests in the rig, and a few of aarch64.
+/// Lints, unit tests and tiny guests, then Linux guests in the rig, and with `--with-aarch64` a few of aarch64.
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     let arch = args.arch.arch();
     args.model.check(arch, 1)?;
@@ -87,11 +87,11 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         .env(MODEL, args.model.words().join(" "));
     resume(&mut system, arch, args.model, args)?;
     proc::run(&mut system)?;
-    if args.filter.is_none() && !args.only_native && !Arch::Aarch64.is_native() {
-        eprintln!("test: a few Linux guests of aarch64 (--only-native leaves them out)");
+    if args.with_aarch64 && !Arch::Aarch64.is_native() {
+        eprintln!("test: a few Linux guests of aarch64");
         let ready = Foreign::prepare(Arch::Aarch64, ALL, true);
         ready
-            .context("the aarch64 tests cannot be set up (--only-native leaves them out)")?
+            .context("the aarch64 tests cannot be set up")?
             .smoke(Model::default(), args)?;
     }
     Ok(())
