@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 const IMAGE: &str = "busybox:test";
@@ -551,7 +551,10 @@ fn names_are_dockers(
     docker.said(create)?;
     serve("web", &["--network", "names", "--network-alias", "alias"])?;
     let server = UdpSocket::bind((gateway, 53))?;
-    std::thread::spawn(move || answer_names(&server));
+    server.set_read_timeout(Some(Duration::from_secs(1)))?;
+    // Its end ends the thread: the same test with another version needs the address.
+    let (asking, asked) = mpsc::channel::<()>();
+    let answers = std::thread::spawn(move || answer_names(&server, &asked));
     let script = format!("{PAGE}; grep ^nameserver /etc/resolv.conf
         for name in web alias; do page $(nslookup -type=a $name | sed -n 's/^Address: //p'); done
         nslookup -type=a outside.example | grep 10.1.2.3; nslookup -type=a nowhere.example | grep NXDOMAIN");
@@ -564,15 +567,20 @@ fn names_are_dockers(
         said.contains("10.1.2.3") && said.contains("NXDOMAIN"),
         "{said}"
     );
+    drop(asking);
+    ensure!(answers.join().is_ok(), "the name server panicked");
     docker.said(["rm", "-f", "web"])?;
     docker.said(["network", "rm", "names"])?;
     Ok(())
 }
 
 /// A name server for the address of `outside.example` only (RFC 1035, section 4.1).
-fn answer_names(socket: &UdpSocket) {
+fn answer_names(socket: &UdpSocket, end: &mpsc::Receiver<()>) {
     let mut question = [0; 512];
-    while let Ok((len, peer)) = socket.recv_from(&mut question) {
+    while end.try_recv() != Err(mpsc::TryRecvError::Disconnected) {
+        let Ok((len, peer)) = socket.recv_from(&mut question) else {
+            continue;
+        };
         let asked = &question[..len];
         let is_known = asked.windows(8).any(|label| label == b"\x07outside");
         let (code, count) = if is_known { (0x80, 1) } else { (0x83, 0) };
