@@ -4,6 +4,7 @@ use crate::checks::check_id;
 use crate::configuration;
 use crate::device_rules;
 use crate::places::bundle;
+use crate::slots;
 use anyhow::{Context, Result, bail};
 use koya_protocol::ErrorReason;
 use koya_protocol::messages::BlockDevice;
@@ -16,11 +17,6 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-/// Directory of the driver for virtio-mmio slots.
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
-/// Directory of its slots, among other devices.
-pub(crate) const DEVICES: &str = "/sys/bus/platform/devices";
-
 /// A running container.
 pub(crate) struct Running<'a> {
     pub(crate) id: &'a str,
@@ -28,82 +24,30 @@ pub(crate) struct Running<'a> {
     pub(crate) pid: i32,
 }
 
-/// The kernel's name of a slot.
-fn window_name(window: u32) -> Result<String> {
-    let entries = fs::read_dir(DEVICES).with_context(|| format!("no {DEVICES}"))?;
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let name = named(window, names);
-    name.ok_or_else(|| ErrorReason::NotFound(format!("the guest has no window {window}")).into())
-}
-
-/// The name of a slot, found in a list of all devices. With a command line, slots are numbered; with a device tree, they are
-/// named by address, in the order of their numbers.
-fn named(window: u32, devices: impl Iterator<Item = String>) -> Option<String> {
-    let numbered = format!("virtio-mmio.{window}");
-    let mut placed = Vec::new();
-    for name in devices {
-        if name == numbered {
-            return Some(name);
-        }
-        if let Some(address) = name.strip_suffix(".virtio_mmio")
-            && let Ok(address) = u64::from_str_radix(address, 16)
-        {
-            placed.push((address, name));
-        }
-    }
-    placed.sort_unstable();
-    let (_, name) = placed.into_iter().nth(usize::try_from(window).ok()?)?;
-    Some(name)
-}
-
-fn device_directory(name: &str) -> PathBuf {
-    Path::new(DEVICES).join(name)
-}
-
 /// The kernel's name of the disk in a slot.
-fn disk_of(window: &str) -> Result<String> {
-    let entries = |dir: PathBuf, prefix: &'static str| -> Result<Vec<PathBuf>> {
-        let entries = fs::read_dir(&dir).with_context(|| format!("no {}", dir.display()))?;
-        Ok(entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| {
-                let name = path.file_name().unwrap_or_default();
-                name.to_string_lossy().starts_with(prefix)
-            })
-            .collect())
-    };
-    let virtio = entries(device_directory(window), "virtio")?;
-    let virtio = virtio.first().context("the window has no device")?;
-    let disks = entries(virtio.join("block"), "vd")?;
-    let disk = disks.first().context("the device is no disk")?;
+fn disk_of(slot: &str) -> Result<String> {
+    let disks = slots::device(slot)?.join("block");
+    let disk = slots::first_entry(&disks, "vd")?.context("the device is no disk")?;
     let name = disk.file_name().context("the disk has no name")?;
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// Makes the kernel probe a slot that was empty; returns the kernel's name of the slot.
-pub(crate) fn probe(window: u32, what: &str) -> Result<String> {
-    let name = window_name(window)?;
-    fs::write(format!("{DRIVER}/bind"), &name)
-        .with_context(|| format!("the kernel finds no {what} behind window {window}"))?;
-    Ok(name)
-}
-
 /// Makes the kernel probe an empty slot, and returns the disk that it finds.
-pub(crate) fn attach(window: u32) -> Result<String> {
-    let name = probe(window, "disk")?;
+pub(crate) fn attach(slot: u32) -> Result<String> {
+    let slot = slots::probe(slot, "disk")?;
     // The disk's own driver may have failed, which the slot's driver does not report.
-    disk_of(&name).inspect_err(|_| {
-        unbind(&name).ok();
+    disk_of(&slot).inspect_err(|_| {
+        slots::unbind(&slot).ok();
     })
 }
 
 /// Makes the kernel release the disk in a slot. A disk in use stays; a missing one is not an error.
-pub(crate) fn detach(window: u32) -> Result<()> {
-    let window = window_name(window)?;
-    if !device_directory(&window).join("driver").exists() {
+pub(crate) fn detach(slot: u32) -> Result<()> {
+    let slot = slots::name(slot)?;
+    if !slots::is_bound(&slot) {
         return Ok(());
     }
-    if let Ok(name) = disk_of(&window) {
+    if let Ok(name) = disk_of(&slot) {
         // Refused while it is mounted, or part of something that is. Unwritten data is flushed first.
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
         let disk =
@@ -117,22 +61,7 @@ pub(crate) fn detach(window: u32) -> Result<()> {
             })?;
         rustix::fs::fsync(&disk).with_context(|| format!("cannot write out {name}"))?;
     }
-    unbind(&window)
-}
-
-/// Makes the kernel release the device in a slot, whatever it is. An empty slot is not an error.
-pub(crate) fn release(window: u32) -> Result<()> {
-    let window = window_name(window)?;
-    match device_directory(&window).join("driver").exists() {
-        true => unbind(&window),
-        false => Ok(()),
-    }
-}
-
-/// Makes the kernel release the device in the slot with this name.
-pub(crate) fn unbind(window: &str) -> Result<()> {
-    fs::write(format!("{DRIVER}/unbind"), window)
-        .with_context(|| format!("the kernel does not let go of window {window}"))
+    slots::unbind(&slot)
 }
 
 /// The kernel's device number of a disk.
@@ -228,27 +157,4 @@ fn place(container: &Running<'_>, device: &BlockDevice) -> Result<(OwnedFd, Path
     let dir = openat2(root, dir, flags, Mode::empty(), ResolveFlags::IN_ROOT)
         .with_context(|| format!("the container has no {}", dir.display()))?;
     Ok((dir, name.into()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn windows_are_found_by_number_or_by_the_order_of_their_addresses() {
-        let of = |window, names: &[&str]| named(window, names.iter().map(|name| (*name).into()));
-        let numbered = ["serial8250", "virtio-mmio.1", "virtio-mmio.10"];
-        assert_eq!(of(1, &numbered).as_deref(), Some("virtio-mmio.1"));
-        assert_eq!(of(0, &numbered), None);
-        let placed = [
-            "9000000.serial",
-            "100040000.virtio_mmio",
-            "40001000.virtio_mmio",
-            "40000000.virtio_mmio",
-            "timer",
-        ];
-        assert_eq!(of(0, &placed).as_deref(), Some("40000000.virtio_mmio"));
-        assert_eq!(of(2, &placed).as_deref(), Some("100040000.virtio_mmio"));
-        assert_eq!(of(3, &placed), None);
-    }
 }

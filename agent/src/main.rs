@@ -35,6 +35,7 @@ mod reaper;
 mod refused_options;
 mod root_setup;
 mod service;
+mod slots;
 mod start_hooks;
 mod state;
 mod streams;

@@ -1,6 +1,6 @@
 //! The guest's interfaces and routes, as configured by the host (rtnetlink(7)), and connections to its ports.
 
-use crate::disks;
+use crate::slots;
 use anyhow::{Context, Result, bail};
 use futures::TryStreamExt as _;
 use ipnet::IpNet;
@@ -13,7 +13,6 @@ use rtnetlink::{Handle, LinkUnspec};
 use std::fs;
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -129,22 +128,12 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
 }
 
 /// Makes the kernel probe a slot that holds a network now.
-pub(crate) fn attach(window: u32) -> Result<()> {
-    let slot = disks::probe(window, "network")?;
-    let has_interface = || -> Result<bool> {
-        for entry in fs::read_dir(Path::new(disks::DEVICES).join(&slot))? {
-            let entry = entry?;
-            let is_device = entry.file_name().to_string_lossy().starts_with("virtio");
-            if is_device && entry.path().join("net").exists() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    };
+pub(crate) fn attach(slot: u32) -> Result<()> {
+    let name = slots::probe(slot, "network")?;
     // The network's own driver may have failed, which the slot's driver does not report.
-    if !has_interface()? {
-        disks::unbind(&slot).ok();
-        bail!("the device behind window {window} is no network");
+    if !slots::device(&name).is_ok_and(|device| device.join("net").exists()) {
+        slots::unbind(&name).ok();
+        bail!("the device in slot {slot} is no network");
     }
     Ok(())
 }
@@ -170,7 +159,7 @@ pub(crate) async fn detach(interface: &Interface) -> Result<()> {
         .with_context(|| format!("{own} has no device"))?;
     let slot = device.parent().and_then(|slot| slot.file_name());
     let slot = slot.with_context(|| format!("{own} has no slot"))?;
-    disks::unbind(&slot.to_string_lossy())
+    slots::unbind(&slot.to_string_lossy())
 }
 
 /// The interface with this MAC address. Networks on one host interface (ipvlan) share an address: of several, the one with the

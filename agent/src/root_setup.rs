@@ -375,7 +375,7 @@ mod tests {
         for good in ["/run/hosts", "/vol/hosts", "/vol/made"] {
             assert_eq!(place(good), Some(good.into()));
         }
-        // As with a volume of the host's /etc, whose resolv.conf is a link of systemd-resolved.
+        // systemd-resolved makes resolv.conf such a symbolic link, which a volume at /etc may contain.
         assert_eq!(place("/vol/link"), Some("/run/x".into()));
         let full = Path::new("/vol/to-full");
         assert_eq!(place_for(&spec, &root, full, false), None);

@@ -13,6 +13,7 @@ use crate::images;
 use crate::names;
 use crate::network;
 use crate::reaper;
+use crate::slots;
 use crate::state::{State, Streams};
 use crate::sysctl;
 use crate::watches;
@@ -303,7 +304,7 @@ impl Agent for Service {
         request: AttachNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            run_blocking(move || network::attach(request.window)).await?;
+            run_blocking(move || network::attach(request.slot)).await?;
             Ok(Empty::new())
         })
         .await
@@ -315,8 +316,8 @@ impl Agent for Service {
         request: DetachNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            match request.window {
-                Some(window) => run_blocking(move || disks::release(window)).await?,
+            match request.slot {
+                Some(slot) => run_blocking(move || slots::release(slot)).await?,
                 None => {
                     let interface = request.interface.into_option().context("no interface")?;
                     network::detach(&interface).await?;
@@ -404,7 +405,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Disk> {
         self.ask(async move |_: State| {
             Ok(Disk {
-                guest_name: run_blocking(move || disks::attach(request.window)).await?,
+                guest_name: run_blocking(move || disks::attach(request.slot)).await?,
                 ..Default::default()
             })
         })
@@ -417,7 +418,7 @@ impl Agent for Service {
         request: DetachDiskRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            run_blocking(move || disks::detach(request.window)).await?;
+            run_blocking(move || disks::detach(request.slot)).await?;
             Ok(Empty::new())
         })
         .await

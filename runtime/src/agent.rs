@@ -463,9 +463,9 @@ impl Agent {
     }
 
     /// Makes the guest kernel probe a hot-plug slot; returns the guest's name of the disk in it.
-    pub(crate) fn attach_disk(&self, window: usize) -> Result<String, Error> {
+    pub(crate) fn attach_disk(&self, slot: usize) -> Result<String, Error> {
         let request = AttachDiskRequest {
-            window: window as u32,
+            slot: slot as u32,
             ..Default::default()
         };
         self.ask("attach the disk in the guest", LIMIT, |client, limit| {
@@ -475,9 +475,9 @@ impl Agent {
     }
 
     /// Makes the guest kernel release the disk in a hot-plug slot.
-    pub(crate) fn detach_disk(&self, window: usize) -> Result<(), Error> {
+    pub(crate) fn detach_disk(&self, slot: usize) -> Result<(), Error> {
         let request = DetachDiskRequest {
-            window: window as u32,
+            slot: slot as u32,
             ..Default::default()
         };
         self.ask(

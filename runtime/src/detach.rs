@@ -12,10 +12,10 @@ const BUSY_LIMIT: Duration = Duration::from_secs(10);
 impl Inner {
     /// Makes the guest kernel release a disk, after unwritten data has been flushed.
     pub(crate) fn unplug_in_guest(&self, attached: &AttachedDisk) -> Result<(), Error> {
-        let (agent, window) = (self.agent.clone(), attached.mmio_slot);
+        let (agent, slot) = (self.agent.clone(), attached.mmio_slot);
         let disks = std::slice::from_ref(&attached.disk);
         while_disks_work("detach the disk in the guest", disks, SILENCE, move || {
-            agent.detach_disk(window)
+            agent.detach_disk(slot)
         })
     }
 

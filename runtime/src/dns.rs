@@ -338,7 +338,7 @@ mod tests {
         // A thread, for a network namespace that ends with it.
         let answers = std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            crate::network::set_up_for_test(Ipv4Addr::new(192, 0, 2, 3), 24).unwrap();
+            crate::network::test_namespace::set_up(Ipv4Addr::new(192, 0, 2, 3), 24).unwrap();
             let others = others().unwrap();
             // On the network of the interface, and elsewhere.
             ["192.0.2.1", "198.51.100.1"].map(|server| {

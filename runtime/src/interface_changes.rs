@@ -6,7 +6,7 @@
 //! attention. A new interface takes a hot-plug slot, like a disk.
 
 use crate::Error;
-use crate::network::{Joined, NetworkConfig, Routing, Slot, give_back, index_of};
+use crate::network::{GuestInterface, NetworkConfig, Routing, Slot, index_of, restore};
 use crate::sandbox::{Inner, Sandbox};
 use crate::sync::lock;
 use koya_vmm::host::threads;
@@ -28,8 +28,6 @@ const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400;
 const QUIET: Duration = Duration::from_millis(100);
 /// Maximum time for which changes are waited for.
 const UNREST: Duration = Duration::from_secs(2);
-/// Maximum number of interfaces of a guest.
-const MAX_INTERFACES: usize = 8;
 
 /// While this lives, a guest gets the interfaces that a network namespace gets, and loses those that vanish.
 pub struct InterfaceChanges {
@@ -38,6 +36,9 @@ pub struct InterfaceChanges {
 }
 
 impl InterfaceChanges {
+    /// Maximum number of interfaces of a guest.
+    pub const MAX_INTERFACES: usize = 8;
+
     /// Follows the calling thread's network namespace. `wanted` returns the networks that the guest is to have: those of the
     /// namespace's interfaces ([`HostEnd::Join`](crate::HostEnd::Join)). The taps of the sandbox, which are among them, are
     /// ignored.
@@ -166,21 +167,22 @@ impl Follower {
 
     /// Gives the guest what it lacks, and takes what it has no more.
     fn compare(&mut self, inner: &Inner) -> Result<(), Error> {
-        let Some(has) = inner.joined() else {
+        let Some(has) = inner.guest_interfaces() else {
             return Ok(());
         };
         let read = (self.wanted)().map_err(Error::host("read the network interfaces"))?;
         let mut wanted = self.resolved(inner, read, &has);
-        if wanted.len() > MAX_INTERFACES {
+        let most = InterfaceChanges::MAX_INTERFACES;
+        if wanted.len() > most {
             log::warn!(
-                "the guest gets {MAX_INTERFACES} of {} network interfaces",
+                "the guest gets {most} of {} network interfaces",
                 wanted.len()
             );
-            wanted.truncate(MAX_INTERFACES);
+            wanted.truncate(most);
         }
         let asked: Vec<_> = wanted
             .iter()
-            .map(|j| (j.index, j.network.clone()))
+            .map(|own| (own.index, own.network.clone()))
             .collect();
         if self.failed.as_ref() == Some(&asked) {
             return Ok(());
@@ -191,7 +193,12 @@ impl Follower {
     }
 
     /// The networks with the properties of their interfaces.
-    fn resolved(&self, inner: &Inner, wanted: Vec<NetworkConfig>, has: &[Joined]) -> Vec<Joined> {
+    fn resolved(
+        &self,
+        inner: &Inner,
+        wanted: Vec<NetworkConfig>,
+        has: &[GuestInterface],
+    ) -> Vec<GuestInterface> {
         let taps: HashSet<String> = inner.taps();
         let mut all = Vec::new();
         for mut network in wanted {
@@ -202,11 +209,11 @@ impl Follower {
                 continue;
             };
             // Without an address of its own, the interface keeps the one that the guest has.
-            if let Some(same) = has.iter().find(|joined| joined.index == index) {
+            if let Some(same) = has.iter().find(|own| own.index == index) {
                 network.device.mac = same.network.device.mac;
             }
             match network.resolve() {
-                Ok(network) => all.push(Joined {
+                Ok(network) => all.push(GuestInterface {
                     index,
                     network,
                     slot: None,
@@ -221,15 +228,17 @@ impl Follower {
 
 /// Whether the guest can keep its device: the interface is the same one, with the same properties. Engines do not change those
 /// while a container runs, but may be seen between two steps of theirs.
-fn is_same(one: &Joined, other: &Joined) -> bool {
+fn is_same(one: &GuestInterface, other: &GuestInterface) -> bool {
     one.index == other.index && one.network == other.network
 }
 
 impl Inner {
-    /// The interfaces that the guest has; `None` once they have been given back.
-    fn joined(&self) -> Option<Vec<Joined>> {
+    /// The interfaces that the guest has; `None` after the end of the takeover.
+    fn guest_interfaces(&self) -> Option<Vec<GuestInterface>> {
         let takeover = lock(&self.takeover);
-        takeover.as_ref().map(|takeover| takeover.joined.clone())
+        takeover
+            .as_ref()
+            .map(|takeover| takeover.interfaces.clone())
     }
 
     /// Names of the machine's taps.
@@ -242,34 +251,34 @@ impl Inner {
 
     /// Attaches and detaches networks until the guest has those that are wanted. A failure with one of them does not affect the
     /// others; the first one is returned.
-    fn change_networks(&self, wanted: &[Joined]) -> Result<(), Error> {
+    fn change_networks(&self, wanted: &[GuestInterface]) -> Result<(), Error> {
         let mut result = Ok(());
         let mut note = |failed: Result<(), Error>| {
             if let (true, Err(_)) = (result.is_ok(), &failed) {
                 result = failed;
             }
         };
-        let Some(has) = self.joined() else {
+        let Some(has) = self.guest_interfaces() else {
             return Ok(());
         };
         let (kept, gone): (Vec<_>, Vec<_>) = has
             .into_iter()
-            .partition(|joined| wanted.iter().any(|other| is_same(joined, other)));
-        self.set_joined(&kept);
-        for joined in gone {
-            log::info!("the guest loses the interface {}", joined.network.name);
-            note(self.detach_network(&joined));
+            .partition(|own| wanted.iter().any(|other| is_same(own, other)));
+        self.set_guest_interfaces(&kept);
+        for interface in gone {
+            log::info!("the guest loses the interface {}", interface.network.name);
+            note(self.detach_network(&interface));
         }
         let mut all = kept;
         for new in wanted {
-            if all.iter().any(|joined| is_same(joined, new)) {
+            if all.iter().any(|own| is_same(own, new)) {
                 continue;
             }
             match self.attach_network(new) {
                 Ok(attached) => {
                     log::info!("the guest gets the interface {}", new.network.name);
                     all.push(attached);
-                    self.set_joined(&all);
+                    self.set_guest_interfaces(&all);
                 }
                 Err(error) => note(Err(error)),
             }
@@ -278,28 +287,28 @@ impl Inner {
         result
     }
 
-    fn set_joined(&self, joined: &[Joined]) {
+    fn set_guest_interfaces(&self, interfaces: &[GuestInterface]) {
         if let Some(takeover) = &mut *lock(&self.takeover) {
-            takeover.joined = joined.to_vec();
+            takeover.interfaces = interfaces.to_vec();
         }
     }
 
-    fn attach_network(&self, wanted: &Joined) -> Result<Joined, Error> {
+    fn attach_network(&self, wanted: &GuestInterface) -> Result<GuestInterface, Error> {
         let network = &wanted.network;
         let attached = self.handle.attach_network(&network.device)?;
         let (slot, mmio_slot) = (attached.slot, attached.mmio_slot);
-        let given = network
+        let attached = network
             .connect(attached.network.tap_name())
             .and_then(|()| self.agent.attach_network(mmio_slot))
             .and_then(|()| self.agent.update_interface(network.interface()));
-        let joined = Joined {
+        let interface = GuestInterface {
             slot: Some(Slot { slot, mmio_slot }),
             ..wanted.clone()
         };
-        match given {
-            Ok(()) => Ok(joined),
+        match attached {
+            Ok(()) => Ok(interface),
             Err(error) => {
-                self.detach_network(&joined).ok();
+                self.detach_network(&interface).ok();
                 Err(self.explain(error))
             }
         }
@@ -307,20 +316,21 @@ impl Inner {
 
     /// A device that the guest does not release loses its tap nevertheless. One that it was started with has no hot-plug slot,
     /// and remains without an interface.
-    fn detach_network(&self, joined: &Joined) -> Result<(), Error> {
-        let mmio_slot = joined.slot.map(|slot| slot.mmio_slot);
-        let interface = joined.network.interface();
-        let released = self.agent.detach_network(interface, mmio_slot);
-        // An interface that has changed still exists.
-        give_back(None, vec![joined.clone()]);
-        if let Some(Slot { slot, .. }) = joined.slot {
+    fn detach_network(&self, interface: &GuestInterface) -> Result<(), Error> {
+        let mmio_slot = interface.slot.map(|slot| slot.mmio_slot);
+        let own = interface.network.interface();
+        let released = self.agent.detach_network(own, mmio_slot);
+        // An interface whose properties have changed still exists.
+        restore(None, vec![interface.clone()]);
+        if let Some(Slot { slot, .. }) = interface.slot {
             self.handle.detach_network(slot, released.is_ok())?;
         }
         released.map_err(|error| self.explain(error))
     }
 
-    fn change_routes(&self, joined: &[Joined]) -> Result<(), Error> {
-        let networks: Vec<_> = joined.iter().map(|joined| joined.network.clone()).collect();
+    fn change_routes(&self, interfaces: &[GuestInterface]) -> Result<(), Error> {
+        let networks = interfaces.iter().map(|own| own.network.clone());
+        let networks: Vec<_> = networks.collect();
         let routing = Routing::of(&networks)?;
         let old = match &*lock(&self.takeover) {
             Some(takeover) => takeover.routing.clone(),

@@ -13,8 +13,6 @@ use koya_vmm::NetConfig;
 use koya_vmm::devices::net::MacAddr;
 use koya_vmm::host::threads;
 use nix::sched::CloneFlags;
-#[cfg(test)]
-use rtnetlink::LinkVeth;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -32,6 +30,8 @@ use std::pin::Pin;
 
 mod host_access;
 mod routing;
+#[cfg(test)]
+pub(crate) mod test_namespace;
 
 pub(crate) use routing::Routing;
 
@@ -220,7 +220,7 @@ struct Found {
 
 /// An interface of the namespace that the guest has.
 #[derive(Clone, Debug)]
-pub(crate) struct Joined {
+pub(crate) struct GuestInterface {
     /// Its index in the namespace.
     pub(crate) index: u32,
     /// With the interface's properties.
@@ -245,7 +245,7 @@ pub(crate) fn index_of(interface: &str) -> io::Result<u32> {
 /// the namespace.
 pub(crate) struct Takeover {
     namespace: File,
-    pub(crate) joined: Vec<Joined>,
+    pub(crate) interfaces: Vec<GuestInterface>,
     /// Routes and rules that the guest has got.
     pub(crate) routing: Routing,
 }
@@ -255,17 +255,17 @@ impl Takeover {
     pub(crate) fn of(networks: &[NetworkConfig], routing: Routing) -> Result<Self, Error> {
         let takeover = networks.iter().filter_map(|network| {
             let index = index_of(network.takeover()?);
-            Some(index.map(|index| Joined {
+            Some(index.map(|index| GuestInterface {
                 index,
                 network: network.clone(),
                 slot: None,
             }))
         });
-        let joined: io::Result<Vec<_>> = takeover.collect();
+        let interfaces: io::Result<Vec<_>> = takeover.collect();
         let namespace = File::open("/proc/thread-self/ns/net");
         Ok(Self {
             namespace: namespace.map_err(Error::host("open the network namespace"))?,
-            joined: joined.map_err(Error::host("find the network interfaces"))?,
+            interfaces: interfaces.map_err(Error::host("find the network interfaces"))?,
             routing,
         })
     }
@@ -273,18 +273,18 @@ impl Takeover {
 
 impl Drop for Takeover {
     fn drop(&mut self) {
-        let joined = std::mem::take(&mut self.joined);
-        if !joined.is_empty() {
-            give_back(Some(&self.namespace), joined);
+        let interfaces = std::mem::take(&mut self.interfaces);
+        if !interfaces.is_empty() {
+            restore(Some(&self.namespace), interfaces);
         }
     }
 }
 
-/// Gives interfaces of a network namespace (default: the calling thread's) back to it, as far as they still exist.
-pub(crate) fn give_back(namespace: Option<&File>, joined: Vec<Joined>) {
-    let given_back = in_namespace(namespace, |handle| {
+/// Restores interfaces of a network namespace (default: the calling thread's) for its own use, if they still exist.
+pub(crate) fn restore(namespace: Option<&File>, interfaces: Vec<GuestInterface>) {
+    let restored = in_namespace(namespace, |handle| {
         Box::pin(async move {
-            for Joined { network, .. } in joined {
+            for GuestInterface { network, .. } in interfaces {
                 let name = network.takeover().unwrap_or_default();
                 if let Ok(link) = link(&handle, name).await {
                     stop_redirection(&handle, link.header.index).await?;
@@ -296,7 +296,7 @@ pub(crate) fn give_back(namespace: Option<&File>, joined: Vec<Joined>) {
             Ok(())
         })
     });
-    if let Err(error) = given_back {
+    if let Err(error) = restored {
         log::debug!("interfaces keep their redirections: {error}");
     }
 }
@@ -362,27 +362,6 @@ pub(crate) fn own_all_addresses() -> io::Result<()> {
             let rule = handle.rule().add().v4().priority(1).table_id(LOCAL_TABLE);
             let rule = rule.action(RuleAction::ToTable).replace();
             rule.execute().await.map_err(other)
-        })
-    })
-}
-
-/// Sets up the calling thread's network namespace as its owner does: with a loopback interface, and another one with this
-/// address.
-#[cfg(test)]
-pub(crate) fn set_up_for_test(address: Ipv4Addr, prefix: u8) -> io::Result<()> {
-    with_kernel(move |handle| {
-        Box::pin(async move {
-            let pair = LinkVeth::new("eth0", "peer").build();
-            handle.link().add(pair).execute().await.map_err(other)?;
-            let interface = link(&handle, "eth0").await?.header.index;
-            let add = handle.address().add(interface, address.into(), prefix);
-            add.execute().await.map_err(other)?;
-            for name in ["lo", "peer", "eth0"] {
-                let index = link(&handle, name).await?.header.index;
-                let up = LinkUnspec::new_with_index(index).up().build();
-                handle.link().set(up).execute().await.map_err(other)?;
-            }
-            Ok(())
         })
     })
 }

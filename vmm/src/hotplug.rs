@@ -109,14 +109,6 @@ impl Attached {
         let is_used = self.disks.contains_key(&slot) || self.networks.contains_key(&slot);
         !is_used && !self.retired.contains(&slot) && !self.leaving.contains(&slot)
     }
-
-    /// Notes that the device of a slot is being removed.
-    fn leave(&mut self, slot: usize, is_released: bool) {
-        if !is_released {
-            self.retired.insert(slot);
-        }
-        self.leaving.insert(slot);
-    }
 }
 
 impl HotplugSlots {
@@ -217,30 +209,37 @@ impl HotplugSlots {
 
     /// Removes the disk from a slot. If the guest has released it, the slot can be used again.
     pub(crate) fn detach_disk(&self, slot: usize, is_released: bool) -> Result<(), AttachError> {
-        let removed = {
-            let mut attached = lock(&self.attached);
-            let removed = attached.disks.remove(&slot);
-            removed.inspect(|_| attached.leave(slot, is_released))
-        };
-        removed.ok_or(AttachError::NoDisk(slot))?;
-        self.take(slot)
+        let disks = |attached: &mut Attached| attached.disks.remove(&slot).is_some();
+        self.detach(slot, is_released, disks, AttachError::NoDisk(slot))
     }
 
     /// Removes the network from a slot, as [`detach_disk`](Self::detach_disk) does with a disk.
     pub(crate) fn detach_network(&self, slot: usize, is_released: bool) -> Result<(), AttachError> {
-        let removed = {
-            let mut attached = lock(&self.attached);
-            let removed = attached.networks.remove(&slot);
-            removed.inspect(|_| attached.leave(slot, is_released))
-        };
-        removed.ok_or(AttachError::NoNetwork(slot))?;
-        self.take(slot)
+        let networks = |attached: &mut Attached| attached.networks.remove(&slot).is_some();
+        self.detach(slot, is_released, networks, AttachError::NoNetwork(slot))
     }
 
-    /// Takes the device of a slot that is leaving. The lock is not held: requests in flight are waited for, as long as the
-    /// host's storage takes, and what ends a machine looks at its disks.
-    fn take(&self, slot: usize) -> Result<(), AttachError> {
+    /// Removes the device from a slot, if `remove` finds it; otherwise it is `missing`.
+    fn detach(
+        &self,
+        slot: usize,
+        is_released: bool,
+        remove: impl FnOnce(&mut Attached) -> bool,
+        missing: AttachError,
+    ) -> Result<(), AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
+        {
+            let attached = &mut *lock(&self.attached);
+            if !remove(attached) {
+                return Err(missing);
+            }
+            if !is_released {
+                attached.retired.insert(slot);
+            }
+            attached.leaving.insert(slot);
+        }
+        // Without the lock: requests in flight are waited for, as long as the host's storage takes, and what ends a machine
+        // looks at its disks.
         if let Some(mut transport) = self.slots[slot].device.take() {
             disconnect_kicks(&machine, &transport, self.slots[slot].place);
             transport.shutdown();

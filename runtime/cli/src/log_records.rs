@@ -4,6 +4,7 @@
 //! `2026-01-02T03:04:05.000000006Z stdout F hello`
 
 use chrono::{DateTime, SecondsFormat};
+use koya_tasks::parse_duration;
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -57,7 +58,7 @@ impl Moment {
         if let Some(unix) = unix.filter(|unix| unix.as_secs() <= 253_402_300_799) {
             return Ok(Self::at(UNIX_EPOCH + unix));
         }
-        let age = parse_age(text).and_then(|age| SystemTime::now().checked_sub(age));
+        let age = parse_duration(text, &UNITS).and_then(|age| SystemTime::now().checked_sub(age));
         age.map(Self::at).ok_or_else(|| {
             format!(
                 "{text:?} is not a time (2026-01-02T15:04:05Z), a number of seconds since 1970, or an age (1h30m)"
@@ -66,31 +67,14 @@ impl Moment {
     }
 }
 
-/// A duration such as `1h30m`, `90s` or `1.5h`.
-fn parse_age(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut sum = Duration::ZERO;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let (number, unit) = rest.split_at(digits);
-        let letters = unit
-            .find(|c: char| !c.is_ascii_lowercase())
-            .unwrap_or(unit.len());
-        let (unit, further) = unit.split_at(letters);
-        let seconds = match unit {
-            "d" => 86_400.0,
-            "h" => 3600.0,
-            "m" => 60.0,
-            "s" => 1.0,
-            "ms" => 0.001,
-            _ => return None,
-        };
-        let part = Duration::try_from_secs_f64(number.parse::<f64>().ok()? * seconds).ok()?;
-        sum = sum.checked_add(part)?;
-        rest = further;
-    }
-    (!text.is_empty()).then_some(sum)
-}
+/// Units of an age, in seconds.
+const UNITS: [(&str, f64); 5] = [
+    ("d", 86_400.0),
+    ("h", 3600.0),
+    ("m", 60.0),
+    ("s", 1.0),
+    ("ms", 0.001),
+];
 
 /// Appends the records of some output of a stream. A last line without its end becomes a partial record.
 pub(super) fn append(records: &mut Vec<u8>, time: &Moment, stream: Stream, output: &[u8]) {
@@ -364,8 +348,9 @@ mod tests {
             "1970-01-01T00:00:01.000000000Z"
         );
         assert_eq!(parsed("1.5"), "1970-01-01T00:00:01.500000000Z");
-        assert_eq!(parse_age("1h30m"), Some(Duration::from_secs(5400)));
-        assert_eq!(parse_age("1.5s20ms"), Some(Duration::from_millis(1520)));
+        let age = |text| parse_duration(text, &UNITS);
+        assert_eq!(age("1h30m"), Some(Duration::from_secs(5400)));
+        assert_eq!(age("1.5s20ms"), Some(Duration::from_millis(1520)));
         assert!(Moment::parse("10m").unwrap() < Moment::now());
         for wrong in [
             "",

@@ -9,7 +9,7 @@ use crate::ipc::{ContainerRequest, Request, Response, send_request};
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
 use koya_tasks::hooks::HookContext;
-use koya_tasks::is_in_user_namespace;
+use koya_tasks::{is_in_user_namespace, user_name};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -325,16 +325,7 @@ pub(crate) fn hook_state(stored: &Stored, status: ContainerState) -> Result<oci:
 /// The name of a user, as printed by runc: `#UID` if there is none.
 fn owner(uid: u32) -> String {
     let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    name_in(&users, uid).unwrap_or_else(|| format!("#{uid}"))
-}
-
-/// The name of a user in the contents of `/etc/passwd` (passwd(5)).
-fn name_in(users: &str, uid: u32) -> Option<String> {
-    users.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
-    })
+    user_name(&users, uid).map_or_else(|| format!("#{uid}"), str::to_owned)
 }
 
 /// Start time of a process, unless it is gone or has ended (proc_pid_stat(5)).
@@ -447,8 +438,8 @@ pub(crate) mod tests {
     #[test]
     fn owners_without_a_name_are_numbers() {
         let users = "root:x:0:0::/root:/bin/sh\nbroken\nme:x:1000:1000::/:/bin/sh\n";
-        assert_eq!(name_in(users, 1000), Some("me".into()));
-        assert_eq!(name_in(users, 1001), None);
+        assert_eq!(user_name(users, 1000), Some("me"));
+        assert_eq!(user_name(users, 1001), None);
         assert_eq!(owner(u32::MAX - 2), format!("#{}", u32::MAX - 2));
     }
 

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use clap::{Arg, ArgAction};
+use koya_tasks::parse_duration;
 use std::time::Duration;
 
 /// A flag as in Go programs: `--flag`, `--flag=true` or `--flag=false`. The help text has only the first form.
@@ -58,38 +59,23 @@ pub(crate) fn bytes(text: &str) -> Result<i64, String> {
     }
 }
 
+/// Go's units of time, in seconds. There are two spellings of a microsecond: with the micro sign, and with the Greek letter.
+const UNITS: [(&str, f64); 8] = [
+    ("ns", 1e-9),
+    ("us", 1e-6),
+    ("\u{b5}s", 1e-6),
+    ("\u{3bc}s", 1e-6),
+    ("ms", 1e-3),
+    ("s", 1.0),
+    ("m", 60.0),
+    ("h", 3600.0),
+];
+
 /// A duration in Go's syntax: `5s`, `500ms`, `1m30s`, `1.5h`.
 pub(crate) fn duration(option: &str, text: &str) -> Result<Duration> {
-    let parsed = seconds(text.strip_prefix('+').unwrap_or(text));
-    let parsed = parsed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let parsed = parse_duration(text.strip_prefix('+').unwrap_or(text), &UNITS);
     let parsed = parsed.filter(|time| !time.is_zero());
     parsed.with_context(|| format!("{option} {text}: a time like 5s or 1m30s is expected"))
-}
-
-/// The sum of the parts of a duration: numbers with units.
-fn seconds(text: &str) -> Option<f64> {
-    let is_of_number = |c: char| c.is_ascii_digit() || c == '.';
-    let mut total = 0.0;
-    let mut rest = text;
-    loop {
-        let (number, after) = rest.split_at(rest.find(|c: char| !is_of_number(c))?);
-        let (unit, after) = after.split_at(after.find(is_of_number).unwrap_or(after.len()));
-        let unit = match unit {
-            "ns" => 1e-9,
-            // The micro sign, and the Greek letter.
-            "us" | "\u{b5}s" | "\u{3bc}s" => 1e-6,
-            "ms" => 1e-3,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        total += number.parse::<f64>().ok()? * unit;
-        if after.is_empty() {
-            return Some(total);
-        }
-        rest = after;
-    }
 }
 
 #[cfg(test)]

@@ -75,9 +75,9 @@ impl Agent {
     }
 
     /// Makes the guest kernel probe a hot-plug slot that holds a network.
-    pub(crate) fn attach_network(&self, window: usize) -> Result<(), Error> {
+    pub(crate) fn attach_network(&self, slot: usize) -> Result<(), Error> {
         let request = AttachNetworkRequest {
-            window: window as u32,
+            slot: slot as u32,
             ..Default::default()
         };
         self.ask("attach the network in the guest", LIMIT, |client, limit| {
@@ -90,11 +90,11 @@ impl Agent {
     pub(crate) fn detach_network(
         &self,
         interface: Interface,
-        window: Option<usize>,
+        slot: Option<usize>,
     ) -> Result<(), Error> {
         let request = DetachNetworkRequest {
             interface: Some(interface).into(),
-            window: window.map(|window| window as u32),
+            slot: slot.map(|slot| slot as u32),
             ..Default::default()
         };
         self.ask("detach the network in the guest", LIMIT, |client, limit| {

@@ -42,7 +42,7 @@ use koya_protocol::messages::EphemeralVolume;
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
 use shares::root_share;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The parts from which the guest creates a container.
 pub(crate) struct Adapted {
@@ -107,11 +107,7 @@ pub(crate) fn adapt(
         shared,
     } = bundle;
     check_supported(&spec)?;
-    mounts::plain_places(&mut spec);
-    mounts::drop_trace_socket(&mut spec, &directory);
-    own_root::make_relative(&mut spec, &directory, &rootfs);
-    tmpfs::add_dev(&mut spec);
-    let links = links::take(&mut spec, &directory)?;
+    let links = normalize_mounts(&mut spec, &directory, &rootfs)?;
     if let (Some(link), Root::Image) = (links.first(), root) {
         let why = "the option copy-symlink is not supported with an image as the root";
         let reason = format!("{}: {why}", link.at.display());
@@ -161,13 +157,22 @@ pub(crate) fn adapt(
 /// The unsupported mount.
 pub(crate) fn mounts_on_host(bundle: &Bundle) -> Result<Vec<OnHost>, Error> {
     let mut spec = bundle.spec.clone();
-    mounts::plain_places(&mut spec);
-    mounts::drop_trace_socket(&mut spec, &bundle.directory);
-    own_root::make_relative(&mut spec, &bundle.directory, &bundle.rootfs);
-    tmpfs::add_dev(&mut spec);
-    links::take(&mut spec, &bundle.directory)?;
+    normalize_mounts(&mut spec, &bundle.directory, &bundle.rootfs)?;
     own_root::adapt(&mut spec, &bundle.directory, &bundle.rootfs)?;
     mounts::on_host(&bundle.directory, &spec)
+}
+
+/// Gives mounts their places in the container, adds the one at `/dev` if there is none, and removes those that are none: links,
+/// which are returned, and BuildKit's socket.
+///
+/// # Errors
+/// The unsupported mount.
+fn normalize_mounts(spec: &mut Spec, directory: &Path, rootfs: &Path) -> Result<Vec<Link>, Error> {
+    mounts::plain_places(spec);
+    mounts::drop_trace_socket(spec, directory);
+    own_root::make_relative(spec, directory, rootfs);
+    tmpfs::add_dev(spec);
+    links::take(spec, directory)
 }
 
 /// The share of the root, unless the guest mounts it.

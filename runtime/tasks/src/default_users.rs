@@ -57,10 +57,8 @@ fn fill_in_for(spec: &mut oci::Spec, caller: impl FnOnce() -> Caller) {
     let caller = caller();
     let (uid, gid) = user.map_or((0, 0), |user| (user.uid(), user.gid()));
     // subuid(5) has users by name or number.
-    let names = [
-        name_of(&caller.passwd, caller.uid).map(str::to_owned),
-        Some(caller.uid.to_string()),
-    ];
+    let mut names = vec![caller.uid.to_string()];
+    names.extend(user_name(&caller.passwd, caller.uid).map(str::to_owned));
     if no_users {
         linux.set_uid_mappings(Some(mappings(uid, range_of(&caller.subuid, &names))));
     }
@@ -69,8 +67,8 @@ fn fill_in_for(spec: &mut oci::Spec, caller: impl FnOnce() -> Caller) {
     }
 }
 
-/// The name of a user, by the lines of `/etc/passwd`.
-fn name_of(passwd: &str, uid: u32) -> Option<&str> {
+/// The name of a user in the contents of `/etc/passwd` (passwd(5)).
+pub fn user_name(passwd: &str, uid: u32) -> Option<&str> {
     let mut lines = passwd.lines().map(|line| line.split(':'));
     lines.find_map(|mut fields| {
         let name = fields.next()?;
@@ -78,18 +76,17 @@ fn name_of(passwd: &str, uid: u32) -> Option<&str> {
     })
 }
 
-/// The first ID and the size of the first range of a user (subuid(5)). One that contains the ID of the caller's own files
-/// can't be used beside it.
-fn range_of(ranges: &str, names: &[Option<String>]) -> Option<(u32, u32)> {
+/// The first ID and the size of a user's first range of subordinate IDs (subuid(5)). Ranges that contain the ID mapped to the
+/// caller are skipped: no ID can be mapped twice.
+fn range_of(ranges: &str, names: &[String]) -> Option<(u32, u32)> {
     ranges.lines().find_map(|line| {
         let mut fields = line.split(':');
-        let numbers = {
-            let name = fields.next()?;
-            let is_own = names.iter().flatten().any(|own| own == name);
-            is_own.then(|| (fields.next(), fields.next()))
-        };
-        let (from, count) = numbers?;
-        let (from, count): (u32, u32) = (from?.trim().parse().ok()?, count?.trim().parse().ok()?);
+        let name = fields.next()?;
+        if !names.iter().any(|own| own == name) {
+            return None;
+        }
+        let from: u32 = fields.next()?.trim().parse().ok()?;
+        let count: u32 = fields.next()?.trim().parse().ok()?;
         (from > OWN && count > 0 && from.checked_add(count).is_some()).then_some((from, count))
     })
 }

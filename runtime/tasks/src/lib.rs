@@ -45,6 +45,7 @@ pub mod cgroup;
 mod control;
 mod create;
 mod default_users;
+mod durations;
 mod error;
 mod event;
 mod exec;
@@ -76,6 +77,8 @@ pub mod wire;
 
 pub use blocking::BlockingStream;
 pub use create::{CreateTask, SandboxMembership};
+pub use default_users::user_name;
+pub use durations::parse_duration;
 pub use error::Error;
 pub use event::{Event, EventSink};
 pub use exec::ExecTask;

@@ -289,7 +289,7 @@ pub(crate) fn boot_sandbox(
         false => None,
     };
     // Without it, the guest keeps the networks of its start.
-    let changes = InterfaceChanges::follow(&sandbox, || current_interfaces().map(joined))
+    let changes = InterfaceChanges::follow(&sandbox, || current_interfaces().map(takeovers))
         .map_err(|error| log::warn!("{:#}", anyhow::Error::from(error)))
         .ok();
     let names = options.name_server;
@@ -427,7 +427,7 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
     } else {
         config.sysctls = task.spec.network_sysctls();
     }
-    config.networks = joined(interfaces()?);
+    config.networks = takeovers(interfaces()?);
     config.timeline = Some(TimelineFile {
         id: task.id.clone(),
         began: None,
@@ -436,7 +436,7 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
 }
 
 /// The networks of a guest that takes over these interfaces.
-fn joined(interfaces: Vec<String>) -> Vec<NetworkConfig> {
+fn takeovers(interfaces: Vec<String>) -> Vec<NetworkConfig> {
     // Without root, ports are published by a process in the namespace (rootlessport), which connects to the container's
     // address there; with root, connections come from outside, unless the interface is a tap.
     let host_access = is_in_user_namespace().then_some(true);

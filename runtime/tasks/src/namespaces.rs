@@ -1,6 +1,7 @@
 //! Namespaces of a sandbox's process on the host: mount and network.
 
 use anyhow::{Context, Result, bail};
+use koya::InterfaceChanges;
 use koya::oci_spec::runtime::{LinuxNamespaceType, Spec};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::mount::{MountPropagationFlags, mount_change};
@@ -15,9 +16,6 @@ pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual mac
 /// A path of a process is used only for sharing between containers: Docker's `--network container:NAME`.
 const OTHERS_NETWORK: &str = "the network of another container can't be shared: each has a virtual machine \
                               of its own";
-
-/// Maximum number of interfaces of a sandbox.
-const MAX_INTERFACES: usize = 8;
 
 /// Interfaces that the kernel creates in each network namespace, and that carry no traffic.
 const KERNELS: [&str; 10] = [
@@ -128,7 +126,7 @@ fn is_of_a_process(path: &Path) -> bool {
 /// The interfaces of this process's network namespace that a guest can take over.
 pub(crate) fn interfaces() -> Result<Vec<String>> {
     let names = current_interfaces().context("cannot read /proc/net/dev")?;
-    if names.len() > MAX_INTERFACES {
+    if names.len() > InterfaceChanges::MAX_INTERFACES {
         bail!(
             "{} network interfaces are more than a sandbox takes",
             names.len()
