@@ -54,7 +54,8 @@ fn write(
     psci(&mut tree)?;
     timer(&mut tree, info.interrupts, info.cpus.count)?;
     interrupt_controller(&mut tree, info.interrupts, info.cpus.count)?;
-    if info.serial != Serial::None {
+    // Kernel messages need no driver, and without its port (`8250.nr_uarts=0`) the driver would fail with an error.
+    if info.serial == Serial::Console {
         serial(&mut tree)?;
     }
     for slot in info.slots.iter().chain(info.hotplug_slots) {
@@ -239,6 +240,20 @@ mod tests {
     }
 
     #[test]
+    fn the_serial_port_is_there_for_a_driver_only() {
+        for (serial, is_there) in [
+            (Serial::None, false),
+            (Serial::Messages, false),
+            (Serial::Console, true),
+        ] {
+            let bytes = tree(Interrupts::GicV3, 1, serial);
+            let tree = Fdt::new(&bytes).unwrap();
+            let node = tree.find_compatible(&["ns16550a"]);
+            assert_eq!(node.is_some(), is_there, "{serial:?}");
+        }
+    }
+
+    #[test]
     fn the_interrupt_controller_is_the_one_that_the_host_has() {
         for (gic, name, cells) in [
             (Interrupts::GicV2, "arm,cortex-a15-gic", 0x304),
@@ -251,7 +266,6 @@ mod tests {
             let timer = tree.find_node("/timer").unwrap();
             let first = &timer.property("interrupts").unwrap().value[8..12];
             assert_eq!(first, u32::to_be_bytes(cells));
-            assert!(tree.find_node("/serial").is_none());
         }
     }
 }
