@@ -11,6 +11,7 @@ crate::trials![
     memory_comes_and_goes_again,
     memory_may_be_a_files,
     cpus_are_turned_on_and_off,
+    time_that_others_had_is_stolen_time,
     stats_name_each_container
 ];
 
@@ -164,6 +165,18 @@ fn cpus_are_turned_on_and_off() -> Result<()> {
     let refused = koya(["update", "--cpus", "4", name]).output()?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(said.contains("1 to 3"), "{said}");
+    Ok(())
+}
+
+/// Two vCPUs that never sleep share one CPU of the host.
+fn time_that_others_had_is_stolen_time() -> Result<()> {
+    let script = "yes > /dev/null & yes > /dev/null & sleep 5; \
+                  awk '/^cpu / { print $5, $9 }' /proc/stat";
+    let said = sh(&["--cpus", "2", "--cpu-pin", "0,0"], script)?;
+    let (idle, stolen) = said.split_once(' ').context("no times")?;
+    let (idle, stolen): (u64, u64) = (idle.parse()?, stolen.parse()?);
+    // In hundredths of a second: some 500 of 1000.
+    ensure!(stolen >= 100, "stolen: {stolen}, idle: {idle}");
     Ok(())
 }
 

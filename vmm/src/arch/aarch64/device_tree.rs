@@ -87,8 +87,8 @@ fn chosen(
     tree.end_node(node)
 }
 
-/// All boot memory, and the panic log in it. The log is not `no-map`: the monitor reads it through a cached mapping, so the
-/// kernel has to map it cached, too.
+/// All boot memory, and what the host reads and writes in it: the panic log and stolen time. They are not `no-map`: the host
+/// has a cached mapping, so the kernel has to map them cached, too.
 fn memory(tree: &mut FdtWriter, bytes: u64) -> Result<(), Error> {
     for (start, len) in layout::memory_ranges(bytes) {
         let node = tree.begin_node(&format!("memory@{start:x}"))?;
@@ -100,9 +100,14 @@ fn memory(tree: &mut FdtWriter, bytes: u64) -> Result<(), Error> {
     tree.property_u32("#address-cells", ROOT_CELLS)?;
     tree.property_u32("#size-cells", ROOT_CELLS)?;
     tree.property_null("ranges")?;
-    let log = tree.begin_node(&format!("panic-log@{:x}", layout::PANIC_LOG))?;
-    tree.property_array_u64("reg", &[layout::PANIC_LOG, layout::PANIC_LOG_SIZE])?;
-    tree.end_node(log)?;
+    for (name, start, len) in [
+        ("panic-log", layout::PANIC_LOG, layout::PANIC_LOG_SIZE),
+        ("stolen-time", layout::STOLEN_TIME, layout::STOLEN_TIME_SIZE),
+    ] {
+        let node = tree.begin_node(&format!("{name}@{start:x}"))?;
+        tree.property_array_u64("reg", &[start, len])?;
+        tree.end_node(node)?;
+    }
     tree.end_node(reserved)
 }
 
@@ -231,11 +236,14 @@ mod tests {
         let chosen = tree.find_node("/chosen").unwrap();
         let seed = chosen.property("rng-seed").unwrap().value;
         assert!(seed.len() == SEED && seed.iter().any(|byte| *byte != 0));
-        let log = tree.find_node("/reserved-memory/panic-log@80000000");
-        assert_eq!(
-            log.unwrap().reg().unwrap().next().unwrap().size,
-            Some(0x1_0000)
-        );
+        for (name, size) in [
+            ("panic-log@80000000", 0x1_0000),
+            ("stolen-time@801ff000", 0x1000),
+        ] {
+            let node = tree.find_node(&format!("/reserved-memory/{name}"));
+            let reserved = node.unwrap().reg().unwrap().next().unwrap();
+            assert_eq!(reserved.size, Some(size), "{name}");
+        }
         assert!(tree.find_node("/serial").is_some());
     }
 

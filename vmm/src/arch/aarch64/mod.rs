@@ -12,7 +12,8 @@ mod regs;
 use super::ArchError;
 use kvm_bindings::{
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS,
-    KVM_ARM_VCPU_PTRAUTH_GENERIC, kvm_vcpu_init,
+    KVM_ARM_VCPU_PTRAUTH_GENERIC, KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA,
+    KVM_CAP_STEAL_TIME, kvm_device_attr, kvm_vcpu_init,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -93,6 +94,7 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
 /// CPU features that KVM offers to every vCPU.
 pub struct Features {
     init: kvm_vcpu_init,
+    has_stolen_time: bool,
 }
 
 /// Queries them from KVM. Guests have pointer authentication where the host has it, and neither a PMU nor SVE.
@@ -108,7 +110,11 @@ pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
     if kvm.check_extension(Cap::ArmPtrAuthAddress) && kvm.check_extension(Cap::ArmPtrAuthGeneric) {
         init.features[0] |= 1 << KVM_ARM_VCPU_PTRAUTH_ADDRESS | 1 << KVM_ARM_VCPU_PTRAUTH_GENERIC;
     }
-    Ok(Features { init })
+    let has_stolen_time = kvm.check_extension_raw(KVM_CAP_STEAL_TIME.into()) > 0;
+    Ok(Features {
+        init,
+        has_stolen_time,
+    })
 }
 
 /// Determines the CPU type of the vCPUs: that of the host.
@@ -138,7 +144,25 @@ pub fn prepare_vcpu(
         init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
     }
     vcpu.vcpu_init(&init)
-        .map_err(ArchError::kvm("set a vCPU's features"))
+        .map_err(ArchError::kvm("set a vCPU's features"))?;
+    if features.has_stolen_time {
+        count_stolen_time(vcpu, index)?;
+    }
+    Ok(())
+}
+
+/// Makes KVM count the time in which the host runs others instead of this vCPU
+/// (Documentation/virt/kvm/devices/vcpu.rst). The guest asks for the place by a hypercall, which KVM answers.
+fn count_stolen_time(vcpu: &VcpuFd, index: u32) -> Result<(), ArchError> {
+    let address = layout::stolen_time(index);
+    let attribute = kvm_device_attr {
+        group: KVM_ARM_VCPU_PVTIME_CTRL,
+        attr: KVM_ARM_VCPU_PVTIME_IPA.into(),
+        addr: std::ptr::from_ref(&address) as u64,
+        flags: 0,
+    };
+    vcpu.set_device_attr(&attribute)
+        .map_err(ArchError::kvm("count a vCPU's stolen time"))
 }
 
 /// Creates the interrupt controller, which KVM initialises for the existing vCPUs; interrupts cannot be connected before.
