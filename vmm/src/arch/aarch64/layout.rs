@@ -99,7 +99,7 @@ pub(crate) fn hotplug_start(bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MAX_CPUS, MAX_DISK_SLOTS};
+    use crate::config::{MAX_CPUS, MAX_DISK_SLOTS, MAX_MEMORY_MIB};
 
     #[test]
     fn nothing_overlaps() {
@@ -123,6 +123,24 @@ mod tests {
         assert!(stolen_time(MAX_CPUS) <= STOLEN_TIME + STOLEN_TIME_SIZE);
         assert!(STOLEN_TIME.is_multiple_of(STOLEN_TIME_ENTRY));
         assert!(DEVICE_TREE_SIZE <= 2 << 20);
+    }
+
+    #[test]
+    fn memory_is_whole_pages_of_every_host() {
+        // Hosts have pages of 4, 16 or 64 KiB, and KVM maps whole ones.
+        let is_whole = |bytes: u64| bytes.is_multiple_of(64 << 10);
+        for mib in [2, 32, 129, 1000, MAX_MEMORY_MIB] {
+            let bytes = mib << 20;
+            let block = (hotplug_start(bytes), memory_block(bytes));
+            for (start, len) in memory_ranges(bytes).into_iter().chain([block]) {
+                assert!(is_whole(start) && is_whole(len), "{start:#x} {len:#x}");
+            }
+        }
+        assert!(is_whole(koya_devices::mem::BLOCK_SIZE));
+        // The hardware's own frames may be mapped there.
+        for frame in [GIC_DISTRIBUTOR, GIC_V2_CPU, GIC_REDISTRIBUTORS] {
+            assert!(is_whole(frame), "{frame:#x}");
+        }
     }
 
     #[test]
