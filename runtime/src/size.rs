@@ -127,6 +127,7 @@ impl SandboxConfig {
         machine.cpus = self.cpus;
         machine.cpus_max = self.cpus_max;
         machine.cpu_pins = self.cpu_pins.clone();
+        machine.sve = self.sve;
         machine.memory_mib = ram;
         machine.memory_max_mib = self.memory_max_mib.map(|max| {
             let more = max.saturating_sub(self.memory_mib);

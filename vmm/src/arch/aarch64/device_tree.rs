@@ -203,6 +203,7 @@ mod tests {
             count: cpus,
             online: cpus,
             pins: Vec::new(),
+            sve: false,
         };
         let slots = [0, 1].map(|index| layout::device_slot(index).unwrap());
         let info = BootInfo {

@@ -13,7 +13,7 @@ use super::ArchError;
 use kvm_bindings::{
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS,
     KVM_ARM_VCPU_PTRAUTH_GENERIC, KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA,
-    KVM_CAP_STEAL_TIME, kvm_device_attr, kvm_vcpu_init,
+    KVM_ARM_VCPU_SVE, KVM_CAP_STEAL_TIME, kvm_device_attr, kvm_vcpu_init,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -97,7 +97,7 @@ pub struct Features {
     has_stolen_time: bool,
 }
 
-/// Queries them from KVM. Guests have pointer authentication where the host has it, and neither a PMU nor SVE.
+/// Queries them from KVM. Guests have pointer authentication where the host has it, SVE on request (`add_sve`), and no PMU.
 ///
 /// # Errors
 /// If the host lacks a required feature.
@@ -115,6 +115,21 @@ pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
         init,
         has_stolen_time,
     })
+}
+
+/// The bit of SVE among the features.
+const SVE: u32 = 1 << KVM_ARM_VCPU_SVE;
+
+/// Adds the host's Scalable Vector Extension, with all of its vector lengths.
+///
+/// # Errors
+/// [`ArchError::Unsupported`] if the host has none.
+pub(crate) fn add_sve(features: &mut Features, kvm: &Kvm) -> Result<(), ArchError> {
+    if !kvm.check_extension(Cap::ArmSve) {
+        return Err(ArchError::Unsupported("`sve` on a host without it"));
+    }
+    features.init.features[0] |= SVE;
+    Ok(())
 }
 
 /// Determines the CPU type of the vCPUs: that of the host.
@@ -145,6 +160,11 @@ pub fn prepare_vcpu(
     }
     vcpu.vcpu_init(&init)
         .map_err(ArchError::kvm("set a vCPU's features"))?;
+    if init.features[0] & SVE != 0 {
+        // From here on, its vector lengths are fixed; without this, the vCPU would not run.
+        vcpu.vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
+            .map_err(ArchError::kvm("give a vCPU scalable vectors"))?;
+    }
     if features.has_stolen_time {
         count_stolen_time(vcpu, index)?;
     }
