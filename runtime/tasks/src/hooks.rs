@@ -49,6 +49,15 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All kinds, in the order in which their hooks run.
+    pub const ALL: [Self; 5] = [
+        Self::Prestart,
+        Self::CreateRuntime,
+        Self::CreateContainer,
+        Self::Poststart,
+        Self::Poststop,
+    ];
+
     /// Name in the configuration.
     pub fn name(self) -> &'static str {
         match self {
