@@ -148,6 +148,11 @@ impl NetArgs {
         }
     }
 
+    /// Whether the guest has none.
+    pub(super) fn is_none(&self) -> bool {
+        self.net == Kind::None
+    }
+
     /// The networks for the sandbox.
     pub(super) fn networks(&self) -> Vec<NetworkConfig> {
         let network = match &self.net {
