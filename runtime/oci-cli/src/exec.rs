@@ -242,7 +242,7 @@ fn foreground(
     let is_own_terminal = pty.is_some() && args.console_socket.is_none();
     let asked = container.asked(added.request(is_own_terminal));
     let slave = pty.as_ref().map(|pty| pty.slave.as_fd());
-    given.send(stream, &asked, slave)?;
+    given.send(stream, &asked, slave, None)?;
     let mut wire = Wire::new(stream.try_clone()?);
     receive_response(&mut wire)?;
     write_pid(args.pid_file.as_deref(), std::process::id())?;
@@ -322,7 +322,7 @@ fn detach(
     let told = pidfd.map_or(Ok(()), |receiver| receiver.send(child.id()));
     let console = console.as_ref().map(AsFd::as_fd);
     let started = told
-        .and_then(|()| given.send(&ours, &stubbed, console))
+        .and_then(|()| given.send(&ours, &stubbed, console, None))
         .and_then(|()| receive_response(&mut Wire::new(ours)))
         .and_then(|_| write_pid(args.pid_file.as_deref(), child.id()));
     if started.is_err() {

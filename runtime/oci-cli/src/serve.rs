@@ -6,6 +6,7 @@
 
 use crate::console::{self, Pty, spawn};
 use crate::ipc::{Boot, ContainerRequest, Request, Response};
+use crate::notifier::Notifiers;
 use crate::preserved::{self, Count};
 use crate::signal::PASSED;
 use crate::source::Source;
@@ -95,6 +96,7 @@ pub(crate) struct ServerState {
     pub(crate) tasks: Arc<TaskSet>,
     told: Arc<TaskEvents>,
     terminal: Option<OwnedFd>,
+    pub(crate) notifiers: Notifiers,
     next_exec: AtomicU64,
 }
 
@@ -136,16 +138,21 @@ pub(crate) fn read_spec(
     bundle: &Path,
     id: &str,
     preserved: Count,
+    notify: Option<&str>,
 ) -> Result<Spec> {
     let mut spec = source.read(bundle, id)?;
     spec.drop_hooks_of_others();
     spec.add_environment(preserved.environment());
+    if let Some(path) = notify {
+        spec.set_notify_socket(path);
+    }
     Ok(spec)
 }
 
 /// Enters the container's control group and network while there is one thread, and mounts its overlays.
 fn enter(boot: &Boot) -> Result<Spec> {
-    let mut spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved)?;
+    let notify = boot.notify.as_deref();
+    let mut spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved, notify)?;
     let group = spec.cgroup();
     if let Some(group) = &group
         && let Err(error) = cgroup::enter(group)
@@ -174,7 +181,7 @@ fn enter(boot: &Boot) -> Result<Spec> {
 fn run(
     boot: &Boot,
     spec: Spec,
-    fds: Vec<OwnedFd>,
+    mut fds: Vec<OwnedFd>,
     stream: &UnixStream,
     wire: &mut Wire,
     first_thread: PidHolder,
@@ -183,6 +190,8 @@ fn run(
     if wire.receive::<Request>()?.is_none() {
         bail!("the creating command ended early");
     }
+    let notifiers = Notifiers::default();
+    let notify = notifiers.socket(&boot.id, boot.notify.as_deref(), &mut fds)?;
     let (fds, terminal) = streams(boot, &spec, fds)?;
     let stdio = descriptors(fds, boot.is_own_terminal, boot.preserved)?;
     let (sender, receiver) = channel();
@@ -208,6 +217,7 @@ fn run(
         spec,
         mounts: Vec::new(),
         stdio,
+        notify,
         joins: None,
         settings,
     });
@@ -220,6 +230,7 @@ fn run(
         tasks: tasks.clone(),
         told,
         terminal,
+        notifiers,
         next_exec: AtomicU64::new(0),
     });
     listen(listener, served)?;
@@ -373,6 +384,9 @@ fn carry_out(stream: &UnixStream, served: &Arc<ServerState>) -> Result<Response>
         }
         Request::Stats => return Ok(Response::Stats(events::data(&tasks.stats(id)?))),
         Request::Ooms => return stream_oom_events(stream, &served.told, id),
+        Request::Notify { until_ready } => {
+            served.notifiers.follow(id, stream, until_ready, fds)?;
+        }
         Request::Exec {
             process,
             is_own_terminal,

@@ -24,6 +24,7 @@
 //!     bundle,
 //!     mounts: Vec::new(),
 //!     stdio: StdioConfig::default(),
+//!     notify: None,
 //!     joins: None,
 //!     settings: koya::Settings::load()?,
 //! })?;
@@ -59,6 +60,7 @@ mod logger;
 mod machine;
 mod mounts;
 mod namespaces;
+mod notify;
 mod oci_compat;
 mod overlays;
 mod pid_holder;
@@ -89,6 +91,7 @@ pub use exec::ExecTask;
 pub use launcher::give_up_privileges;
 pub use mounts::Mount;
 pub use namespaces::{enter_own_mounts, is_in_user_namespace};
+pub use notify::NotifySocket;
 pub use oci_compat::{read_process, read_resources};
 pub use overlays::Overlay;
 pub use pid_holder::PidHolder;

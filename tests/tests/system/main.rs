@@ -30,6 +30,7 @@ mod oci_descriptors;
 mod oci_exec;
 mod oci_limits;
 mod oci_mounts;
+mod oci_notify;
 mod oci_seccomp;
 mod oci_sysctls;
 mod oci_wrong;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         oci_exec::trials(),
         oci_limits::trials(),
         oci_mounts::trials(),
+        oci_notify::trials(),
         oci_seccomp::trials(),
         oci_sysctls::trials(),
         oci_wrong::trials(),
