@@ -56,7 +56,8 @@ pub struct Settings {
     /// SELinux. Read from the host's files only: the process exists before containerd passes other settings.
     pub selinux: bool,
     /// Whether the threads of a sandbox that serve the guest are confined: a seccomp filter for each kind of thread, and no
-    /// capabilities except those for serving files (`docs/security.md`).
+    /// capabilities except those for serving files (`docs/security.md`). In the host's files, also whether its process
+    /// gives up the privileges that it does not need.
     pub seccomp: bool,
     /// Whether a CPU core with several hyperthreads runs threads of only one sandbox at a time (core scheduling;
     /// docs/security.md). containerd's environment variable `SCHED_CORE` enables it, too.

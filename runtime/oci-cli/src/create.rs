@@ -13,7 +13,7 @@ use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
 use koya_tasks::hooks::{self, Kind};
 use koya_tasks::wire::{Wire, send};
-use koya_tasks::{Role, SandboxMembership, Spec, cgroup};
+use koya_tasks::{Role, SandboxMembership, Spec, cgroup, environment_for};
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -200,7 +200,7 @@ fn make(
     let is_unused = group.as_deref().map_or(Ok(()), cgroup::check_unused);
     let launched = is_unused
         .map_err(anyhow::Error::from)
-        .and_then(|()| launch(&boot, console, given, manager));
+        .and_then(|()| launch(&boot, &spec, console, given, manager));
     // A container whose poststop hooks are due if it is not created.
     let mut due = None;
     let made = launched.and_then(|(mut child, stream)| {
@@ -228,6 +228,7 @@ fn make(
 /// Starts the long-lived process, and sends it the request.
 fn launch(
     boot: &Boot,
+    spec: &Spec,
     console: Option<UnixStream>,
     given: &PreservedFds,
     manager: Option<BorrowedFd<'_>>,
@@ -239,6 +240,8 @@ fn launch(
         .arg("serve")
         // For ps(1) and `podman top`.
         .arg(&boot.id)
+        .env_clear()
+        .envs(environment_for(spec, &[Kind::CreateContainer]))
         // Not the sandbox's: it is of this command.
         .env_remove(notify::VARIABLE)
         .stdin(OwnedFd::from(theirs))

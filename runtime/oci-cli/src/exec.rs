@@ -13,8 +13,8 @@ use crate::signal::PASSED;
 use crate::state::{Container, Root, Status, Stored};
 use crate::{Outcome, capabilities, source};
 use anyhow::{Context, Result, bail};
-use koya_tasks::Spec;
 use koya_tasks::wire::{Wire, send};
+use koya_tasks::{Spec, environment, give_up_privileges};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGWINCH;
@@ -306,6 +306,8 @@ fn detach(
     let mut child = Command::new("/proc/self/exe")
         .arg0("koya-runtime")
         .arg("stub")
+        .env_clear()
+        .envs(environment())
         .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -338,6 +340,7 @@ pub(crate) fn stub() -> Outcome {
     rustix::stdio::dup2_stdin(&null)?;
     rustix::process::setsid().context("internal command, run only by koya-runtime itself")?;
     let mut wire = Wire::new(stream.try_clone()?);
+    give_up_privileges(false)?;
     let Some((stubbed, fds)) = wire.receive::<StubRequest>()? else {
         bail!("no request was received");
     };

@@ -2,7 +2,7 @@
 //!
 //! Its standard input is a connection to the command that created it, which sends the request ([`Boot`]) with the
 //! container's streams. It enters the sandbox's namespaces while it is single-threaded, so that `/proc/PID/ns/net` of its
-//! PID is the sandbox's; then hooks may run, and then the container is created.
+//! PID is the sandbox's, and gives up privileges; then hooks may run, and then the container is created.
 
 use crate::console::{self, Pty, spawn};
 use crate::ipc::{Boot, ContainerRequest, Request, Response};
@@ -17,8 +17,8 @@ use koya::Settings;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{
     CreateTask, Event, EventSink, ExecTask, Exit, Overlay, PidHolder, Spec, StdioConfig,
-    StdioDescriptors, TaskSet, TaskSetConfig, cgroup, enter_own_mounts, read_process,
-    read_resources,
+    StdioDescriptors, TaskSet, TaskSetConfig, cgroup, enter_own_mounts, give_up_privileges,
+    read_process, read_resources,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
@@ -113,7 +113,9 @@ pub(crate) fn serve() -> Outcome {
     boot.log.start()?;
     std::env::set_current_dir("/")?;
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
-    let entered = enter(&boot);
+    // No hooks of a container run here whose virtual machine is another process.
+    let limited = |spec| give_up_privileges(boot.joins.is_none()).map(|()| spec);
+    let entered = enter(&boot).and_then(limited);
     PidHolder::lend_first_thread("koya-owner", |first_thread| {
         let served = entered.and_then(|spec| match &boot.joins {
             Some(joins) => {

@@ -39,6 +39,7 @@ mod pod_files;
 mod podman;
 mod podman_networks;
 mod podman_rootless;
+mod privileges;
 mod rigs;
 mod run;
 mod smoke;
@@ -101,6 +102,7 @@ fn main() -> ExitCode {
         podman::trials(),
         podman_networks::trials(),
         podman_rootless::trials(),
+        privileges::trials(),
         surroundings::trials(),
         timeline::trials(),
         vsock::trials(),
