@@ -94,7 +94,7 @@ pub use loopback::Loopback;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
 pub use oci::{
     Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration,
-    known_capabilities,
+    check_resources, known_capabilities,
 };
 pub use oci_spec;
 pub use patience::DiskWrites;
