@@ -6,7 +6,7 @@
 //! attention. A new interface takes a hot-plug slot, like a disk.
 
 use crate::Error;
-use crate::network::{GuestInterface, NetworkConfig, Routing, Slot, index_of, restore};
+use crate::network::{GuestInterface, NetworkConfig, Routing, Slot, disconnect, index_of, restore};
 use crate::sandbox::{Inner, Sandbox};
 use crate::sync::lock;
 use koya_vmm::host::threads;
@@ -216,6 +216,7 @@ impl Follower {
                 Ok(network) => all.push(GuestInterface {
                     index,
                     network,
+                    tap: String::new(),
                     slot: None,
                 }),
                 // It has vanished meanwhile, which is reported.
@@ -277,8 +278,12 @@ impl Inner {
             match self.attach_network(new) {
                 Ok(attached) => {
                     log::info!("the guest gets the interface {}", new.network.name);
-                    all.push(attached);
-                    self.set_guest_interfaces(&all);
+                    all.push(attached.clone());
+                    if !self.set_guest_interfaces(&all) {
+                        // The sandbox is being stopped, and has given back those that it had by then.
+                        restore(None, vec![attached]);
+                        return Ok(());
+                    }
                 }
                 Err(error) => note(Err(error)),
             }
@@ -287,9 +292,14 @@ impl Inner {
         result
     }
 
-    fn set_guest_interfaces(&self, interfaces: &[GuestInterface]) {
-        if let Some(takeover) = &mut *lock(&self.takeover) {
-            takeover.interfaces = interfaces.to_vec();
+    /// Records the interfaces that are given back at the end. False after the end of the takeover.
+    fn set_guest_interfaces(&self, interfaces: &[GuestInterface]) -> bool {
+        match &mut *lock(&self.takeover) {
+            Some(takeover) => {
+                takeover.interfaces = interfaces.to_vec();
+                true
+            }
+            None => false,
         }
     }
 
@@ -297,12 +307,14 @@ impl Inner {
         let network = &wanted.network;
         let attached = self.handle.attach_network(&network.device)?;
         let (slot, mmio_slot) = (attached.slot, attached.mmio_slot);
+        let tap = attached.network.tap_name().to_owned();
         let attached = network
-            .connect(attached.network.tap_name())
+            .connect(&tap)
             .and_then(|()| self.agent.attach_network(mmio_slot))
             .and_then(|()| self.agent.update_interface(network.interface()));
         let interface = GuestInterface {
             slot: Some(Slot { slot, mmio_slot }),
+            tap,
             ..wanted.clone()
         };
         match attached {
@@ -315,15 +327,16 @@ impl Inner {
     }
 
     /// A device that the guest does not release loses its tap nevertheless. One that it was started with has no hot-plug slot,
-    /// and remains without an interface.
+    /// and remains without an interface, with a tap that leads nowhere.
     fn detach_network(&self, interface: &GuestInterface) -> Result<(), Error> {
         let mmio_slot = interface.slot.map(|slot| slot.mmio_slot);
         let own = interface.network.interface();
         let released = self.agent.detach_network(own, mmio_slot);
         // An interface whose properties have changed still exists.
         restore(None, vec![interface.clone()]);
-        if let Some(Slot { slot, .. }) = interface.slot {
-            self.handle.detach_network(slot, released.is_ok())?;
+        match interface.slot {
+            Some(Slot { slot, .. }) => self.handle.detach_network(slot, released.is_ok())?,
+            None => disconnect(&interface.tap)?,
         }
         released.map_err(|error| self.explain(error))
     }
@@ -350,7 +363,34 @@ impl Inner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::{HostEnd, test_namespace};
     use std::io::Write as _;
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn a_tap_that_remains_leads_nowhere() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        // A thread, for a network namespace that ends with it.
+        let work = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            test_namespace::set_up(Ipv4Addr::new(192, 0, 2, 3), 24).unwrap();
+            let interface = "eth0".to_owned();
+            let network = NetworkConfig::new(HostEnd::Join { interface });
+            let network = network.resolve().unwrap();
+            // In the place of a tap. Kernels without such filters exist.
+            if network.connect("peer").is_err() {
+                return;
+            }
+            assert!(test_namespace::has_ingress("peer").unwrap());
+            disconnect("peer").unwrap();
+            assert!(!test_namespace::has_ingress("peer").unwrap());
+            disconnect("peer").unwrap();
+            assert!(disconnect("none").is_err());
+        };
+        std::thread::spawn(work).join().unwrap();
+    }
 
     #[test]
     fn changes_are_looked_at_in_a_quiet_moment() {

@@ -21,6 +21,7 @@ use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
 use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
+use koya_vmm::devices::net::NetHandle;
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::guest_text::{self, Warnings};
 use koya_vmm::host::{threads, walls::confine_new_threads};
@@ -206,9 +207,11 @@ impl Sandbox {
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
         timeline.set_boot_events(vm.handle().boot_events());
         let running = timeline.next(Lane::Kernel, "kernel");
-        let takeover = Takeover::of(&networks, routing.clone())?;
-        for (network, device) in networks.iter().zip(vm.handle().networks()) {
-            network.connect(device.tap_name())?;
+        let handle = vm.handle();
+        let taps = handle.networks().iter().map(NetHandle::tap_name);
+        let takeover = Takeover::of(networks.iter().zip(taps.clone()), routing.clone())?;
+        for (network, tap) in networks.iter().zip(taps) {
+            network.connect(tap)?;
         }
         let (vm, stream) = wait_for_agent(vm, &control, &console)?;
         let connected = timeline.next(Lane::Host, "settings");
@@ -217,7 +220,6 @@ impl Sandbox {
         let (agent, connection) =
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
         spawn_event_forwarder(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
-        let handle = vm.handle();
         let disks = {
             let handle = handle.clone();
             move || all_disks(&handle)
