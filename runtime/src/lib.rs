@@ -29,6 +29,7 @@ pub mod block_volume;
 mod checks;
 mod clock;
 mod config;
+pub mod confinement;
 mod console;
 mod container;
 mod container_config;
