@@ -14,7 +14,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -233,6 +233,25 @@ fn is_same(one: &GuestInterface, other: &GuestInterface) -> bool {
     one.index == other.index && one.network == other.network
 }
 
+/// Whether a sysctl is one of this interface: `net.ipv4.conf.eth0.forwarding`. The first `.` or `/` is the separator, and the
+/// other one part of a name (sysctl.d(5)).
+fn is_sysctl_of(name: &str, interface: &str) -> bool {
+    let is_dotted = name
+        .find(['.', '/'])
+        .is_some_and(|at| name[at..].starts_with('.'));
+    let parts = name.split(if is_dotted { '.' } else { '/' });
+    let parts: Vec<_> = match is_dotted {
+        true => parts.map(|part| part.replace('/', ".")).collect(),
+        false => parts.map(str::to_owned).collect(),
+    };
+    match parts.as_slice() {
+        [net, _, kind, of, ..] => {
+            net == "net" && ["conf", "neigh"].contains(&kind.as_str()) && of == interface
+        }
+        _ => false,
+    }
+}
+
 impl Inner {
     /// The interfaces that the guest has; `None` after the end of the takeover.
     fn guest_interfaces(&self) -> Option<Vec<GuestInterface>> {
@@ -311,7 +330,8 @@ impl Inner {
         let attached = network
             .connect(&tap)
             .and_then(|()| self.agent.attach_network(mmio_slot))
-            .and_then(|()| self.agent.update_interface(network.interface()));
+            .and_then(|()| self.agent.update_interface(network.interface()))
+            .and_then(|()| self.set_sysctls_of(&network.name));
         let interface = GuestInterface {
             slot: Some(Slot { slot, mmio_slot }),
             tap,
@@ -323,6 +343,17 @@ impl Inner {
                 self.detach_network(&interface).ok();
                 Err(self.explain(error))
             }
+        }
+    }
+
+    /// Sets the sysctls of an interface, which the guest kernel has just made.
+    fn set_sysctls_of(&self, interface: &str) -> Result<(), Error> {
+        let own = self.sysctls.iter();
+        let own = own.filter(|(name, _)| is_sysctl_of(name, interface));
+        let own: BTreeMap<_, _> = own.map(|(k, v)| (k.clone(), v.clone())).collect();
+        match own.is_empty() {
+            true => Ok(()),
+            false => self.agent.set_sysctls(&own),
         }
     }
 
@@ -366,6 +397,29 @@ mod tests {
     use crate::network::{HostEnd, test_namespace};
     use std::io::Write as _;
     use std::net::Ipv4Addr;
+
+    #[test]
+    fn sysctls_of_an_interface_are_known_in_both_forms() {
+        for own in [
+            "net.ipv4.conf.eth1.rp_filter",
+            "net/ipv6/neigh/eth1/gc_stale_time",
+        ] {
+            assert!(
+                is_sysctl_of(own, "eth1") && !is_sysctl_of(own, "eth0"),
+                "{own}"
+            );
+        }
+        assert!(is_sysctl_of("net.ipv4.conf.eth0/7.forwarding", "eth0.7"));
+        assert!(is_sysctl_of("net/ipv4/conf/eth0.7/forwarding", "eth0.7"));
+        for other in [
+            "net.core.somaxconn",
+            "net.ipv4.conf.all.rp_filter",
+            "eth1",
+            "",
+        ] {
+            assert!(!is_sysctl_of(other, "eth1"), "{other}");
+        }
+    }
 
     #[test]
     fn a_tap_that_remains_leads_nowhere() {

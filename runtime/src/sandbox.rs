@@ -100,6 +100,8 @@ pub(crate) struct Inner {
     _connection: Connection,
     /// Given back when the sandbox stops.
     pub(crate) takeover: Mutex<Option<Takeover>>,
+    /// Those that were requested.
+    pub(crate) sysctls: std::collections::BTreeMap<String, String>,
     pub(crate) timeline: Arc<Recorder>,
     /// Disks shared by containers, by path and mode.
     disks: RefCountedMap<(PathBuf, bool), Disk>,
@@ -242,6 +244,7 @@ impl Sandbox {
                 handle: vm.handle(),
                 _connection: connection,
                 takeover: Mutex::new(Some(takeover)),
+                sysctls: config.asked_sysctls(),
                 timeline,
                 disks: RefCountedMap::default(),
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
@@ -257,9 +260,8 @@ impl Sandbox {
         timeline.record_agent_times(running, connected, &told);
         sandbox.set_up_networks(&networks, &routing)?;
         // The kernel has set them at boot, for defaults of interfaces; what belongs to an interface exists only now.
-        let sysctls = config.asked_sysctls();
-        if !sysctls.is_empty() {
-            sandbox.inner.agent.set_sysctls(&sysctls)?;
+        if !sandbox.inner.sysctls.is_empty() {
+            sandbox.inner.agent.set_sysctls(&sandbox.inner.sysctls)?;
         }
         timeline.finish();
         log::info!("the agent was ready after {:.2?}", sandbox.boot_duration);
