@@ -55,6 +55,8 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
         },
     });
     if args.json {
+        let mut all = all;
+        all["host"]["threads"] = koya::confinement::expected();
         say!("{}", serde_json::to_string_pretty(&all)?)?;
         return Ok(0);
     }

@@ -77,7 +77,7 @@ impl Filter {
     }
 
     /// Whether its threads use file names, none of which must lead to the host's files.
-    const fn has_own_root(self) -> bool {
+    pub const fn has_own_root(self) -> bool {
         matches!(self, Self::Starter | Self::Files)
     }
 
