@@ -31,8 +31,8 @@ pub(super) struct MonitorArgs {
     /// Measure on the instruction-counting emulated host instead of this machine's KVM
     #[arg(long)]
     counted: bool,
-    /// Fail if a goal for the given peers is missed: CPU time at most 0.7 of Firecracker's
-    /// without seccomp and 0.06 of QEMU's, and 110 system calls before the guest
+    /// Fail if a goal for the given peers is missed: CPU time at most 0.7 of Firecracker's, each
+    /// without and with its seccomp filters, and 0.06 of QEMU's, and 110 system calls before the guest
     #[arg(long)]
     check: bool,
 }
