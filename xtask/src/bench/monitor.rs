@@ -2,7 +2,7 @@
 
 use super::peers::{self, QEMU};
 use super::report::Report;
-use super::{counting, guest_files};
+use super::{STRACE, counting, guest_files};
 use crate::arch::Arch;
 use crate::{build, setup};
 use anyhow::{Result, bail};
@@ -10,10 +10,7 @@ use clap::Args;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-const PACKAGES: &[(&str, &str)] = &[
-    ("strace", "the benches' counts of system calls"),
-    ("time", "the benches' peaks of memory"),
-];
+const PACKAGES: &[(&str, &str)] = &[STRACE, ("time", "the benches' peaks of memory")];
 
 #[derive(Args)]
 pub(super) struct MonitorArgs {
