@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -137,7 +137,7 @@ impl Directory {
 
     /// Listens on the control socket.
     pub(super) fn listen(&self) -> Result<UnixListener> {
-        self.socket(|path| UnixListener::bind(path))
+        self.socket(listen_privately)
             .with_context(|| format!("cannot listen in {}", self.0.display()))
     }
 
@@ -323,6 +323,13 @@ fn is_unfinished(path: &Path) -> bool {
     name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
 }
 
+/// Listens on a socket that only this user may connect to, also where the directory is opened to others.
+fn listen_privately(path: &Path) -> std::io::Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
 /// Reserves the given name, or a generated one, and creates its directory with the record returned by `record`.
 pub(super) fn create(
     name: Option<&str>,
@@ -418,7 +425,6 @@ pub(super) fn sweep() -> Result<()> {
 pub(super) mod tests {
     use super::*;
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
-    use std::os::unix::fs::PermissionsExt;
 
     /// A newer koya lists containers of an older one, and vice versa: a record as written by version 0.1, with an additional
     /// field of a later version.
@@ -552,6 +558,14 @@ pub(super) mod tests {
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(check_private(&link).is_err());
+    }
+
+    #[test]
+    fn a_control_socket_is_its_users_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _listener = listen_privately(&path).unwrap();
+        assert_eq!(fs::metadata(path).unwrap().mode() & 0o777, 0o600);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -360,8 +360,11 @@ fn short_path(directory: &Path) -> Result<(OwnedFd, PathBuf)> {
 
 pub(crate) fn listen(directory: &Path) -> Result<UnixListener> {
     let (_open, path) = short_path(directory)?;
-    let listener = UnixListener::bind(path);
-    listener.with_context(|| format!("cannot listen in {}", directory.display()))
+    let cannot = || format!("cannot listen in {}", directory.display());
+    let listener = UnixListener::bind(&path).with_context(cannot)?;
+    // Only for this user, also where the directory is opened to others.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).with_context(cannot)?;
+    Ok(listener)
 }
 
 fn connect(directory: &Path) -> Result<UnixStream> {
@@ -415,6 +418,14 @@ pub(crate) mod tests {
         // A container with a user namespace, in which root runs another one.
         assert_eq!(of(true, true, "root"), hosts);
         assert_eq!(parent_of_default(false, false, |_| None), hosts);
+    }
+
+    #[test]
+    fn a_socket_is_its_users_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let _listener = listen(dir.path()).unwrap();
+        let mode = fs::metadata(dir.path().join(SOCKET)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     pub(crate) fn stored(id: &str) -> Stored {
