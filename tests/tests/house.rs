@@ -3,6 +3,8 @@
 
 #[path = "house/circles.rs"]
 mod circles;
+#[path = "house/documents.rs"]
+mod documents;
 
 use std::collections::BTreeSet;
 use std::fs;
