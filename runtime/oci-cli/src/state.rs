@@ -156,6 +156,8 @@ impl Root {
     /// As [`find`](Self::find), with a lock for changes.
     pub(crate) fn lock(&self, id: &str) -> Result<(Container, Lock)> {
         let directory = self.find(id)?.directory;
+        // Its state names hooks, which run with the privileges of this user.
+        check_own(&directory)?;
         let Some(lock) = Lock::take(&directory)? else {
             bail!("container does not exist: {id}");
         };
