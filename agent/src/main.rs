@@ -28,6 +28,7 @@ mod late_mounts;
 mod mappings;
 mod names;
 mod network;
+mod notify;
 mod oom;
 mod places;
 mod privileges;

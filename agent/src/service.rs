@@ -172,6 +172,10 @@ impl Agent for Service {
             let key = (request.container_id, request.exec_id);
             let end = state.with(&key, |p| p.end.clone())?;
             let status = reaper::wait(end).await;
+            if key.1.is_empty() {
+                // The host expects no more of its messages after this reply.
+                state.close_notify_socket(&key.0).await;
+            }
             // An exec process is forgotten once its exit has been reported; a container's first process with the container.
             if !key.1.is_empty() {
                 state.processes.borrow_mut().remove(&key);

@@ -9,6 +9,7 @@ use crate::disks;
 use crate::helper;
 use crate::late_mounts;
 use crate::mappings;
+use crate::notify::{self, NotifySocket};
 use crate::oom::Ooms;
 use crate::places::{self, bundle};
 use crate::reaper::{self, End, Reaper};
@@ -55,6 +56,8 @@ pub(crate) struct State {
     helpers: Rc<Cell<u64>>,
     /// Counter for the names of console sockets.
     consoles: Rc<Cell<u64>>,
+    /// Sockets for messages to the service managers of containers, by container.
+    notify_sockets: Rc<RefCell<HashMap<String, NotifySocket>>>,
 }
 
 /// Guard of a running helper. Its process may end before the PID is known, so exits are remembered while any helper runs.
@@ -153,6 +156,7 @@ impl State {
     /// If something could not be removed; everything else was.
     pub(crate) async fn remove(&self, id: &str) -> Result<()> {
         let deleted = self.help(&["delete", id], Streams::none()).await;
+        self.close_notify_socket(id).await;
         self.processes.borrow_mut().retain(|key, _| key.0 != id);
         self.ooms.forget(id);
         device_rules::forget(id);
@@ -160,6 +164,14 @@ impl State {
         fs::remove_dir_all(bundle(id)).ok();
         deleted?;
         unmounted
+    }
+
+    /// Closes the container's socket for messages to its service manager, once those sent so far are on their way.
+    pub(crate) async fn close_notify_socket(&self, id: &str) {
+        let socket = self.notify_sockets.borrow_mut().remove(id);
+        if let Some(socket) = socket {
+            socket.close().await;
+        }
     }
 
     async fn make(
@@ -203,6 +215,12 @@ impl State {
         }
         if request.guest_devices {
             configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
+        }
+        if !request.stdio.notify_path.is_empty() {
+            let socket = notify::make(id, &mut spec, &request.stdio).await?;
+            self.notify_sockets
+                .borrow_mut()
+                .insert(id.to_owned(), socket);
         }
         if tmpfs::concerns(&spec, root_setup::is_image(id, &spec)) {
             let of = id.to_owned();

@@ -44,12 +44,28 @@ pub fn write_guest(path: &Path) -> io::Result<()> {
     fs::write(path, elf(GUEST, GUEST_ADDRESS))
 }
 
-/// Writes a kernel that waits and does nothing.
+/// Writes a kernel of this architecture that waits and does nothing.
 ///
 /// # Errors
 /// If the file can't be written.
 pub fn write_idle_guest(path: &Path) -> io::Result<()> {
-    fs::write(path, elf(IDLE_GUEST, GUEST_ADDRESS))
+    let guest = match std::env::consts::ARCH {
+        "aarch64" => idle_image(),
+        _ => elf(IDLE_GUEST, GUEST_ADDRESS),
+    };
+    fs::write(path, guest)
+}
+
+/// An Image of arm64 (Documentation/arch/arm64/booting.rst), whose header begins with two instructions that wait without
+/// end: L: wfi; b L
+fn idle_image() -> Vec<u8> {
+    let mut image = vec![0; 64];
+    image[..4].copy_from_slice(&0xd503_207f_u32.to_le_bytes());
+    image[4..8].copy_from_slice(&0x17ff_ffff_u32.to_le_bytes());
+    // Size in memory.
+    image[16] = 64;
+    image[56..60].copy_from_slice(b"ARM\x64");
+    image
 }
 
 /// Writes a static program that does nothing.

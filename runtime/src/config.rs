@@ -16,6 +16,9 @@ pub struct SandboxConfig {
     pub cpus_max: Option<u32>,
     /// The host CPU for each virtual CPU; see [`VmConfig::cpu_pins`](koya_vmm::VmConfig::cpu_pins). Default: none.
     pub cpu_pins: Vec<u32>,
+    /// Whether the guest has the Scalable Vector Extension (SVE) of an aarch64 host; a host without it refuses. Default:
+    /// false.
+    pub sve: bool,
     /// Memory at the start in MiB, as visible to programs in the guest (`MemTotal`): the memory that the guest kernel
     /// keeps for itself is added. Default: 256.
     pub memory_mib: u64,
@@ -70,6 +73,7 @@ impl Default for SandboxConfig {
             cpus: 1,
             cpus_max: None,
             cpu_pins: Vec::new(),
+            sve: false,
             memory_mib: 256,
             memory_max_mib: None,
             memory_backing: MemoryBacking::default(),

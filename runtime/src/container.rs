@@ -8,6 +8,7 @@ use crate::container_config::{
 };
 use crate::guest_resources::GuestResources;
 use crate::mount_points;
+use crate::notifications::Notifications;
 use crate::oci::{self, Bundle, Root};
 use crate::pending_streams::PendingStreams;
 use crate::sandbox::Inner;
@@ -51,6 +52,8 @@ pub struct Process {
     pub stderr: Option<UnixStream>,
     /// The host's ends of its descriptors 3 and up.
     pub extra_fds: Vec<UnixStream>,
+    /// Messages of its container to a service manager, if it has a socket for them.
+    pub notifications: Option<Notifications>,
 }
 
 /// The result of a finished process.
@@ -378,7 +381,12 @@ impl Container {
         let inner = &self.process.inner;
         let process = serde_json::to_vec(process)
             .map_err(Error::invalid_by("process", "it can't be written as JSON"))?;
-        let pending = PendingStreams::new(inner, &options.streams)?;
+        // The container's socket is that of its first process.
+        let streams = ProcessStreams {
+            notify_socket: None,
+            ..options.streams.clone()
+        };
+        let pending = PendingStreams::new(inner, &streams)?;
         let cgroup = options.cgroup.as_deref().unwrap_or_default();
         let id = &self.process.container;
         inner

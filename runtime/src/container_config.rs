@@ -54,6 +54,10 @@ pub struct ProcessStreams {
     pub stdio: Stdio,
     /// Inherited descriptors, 3 and up.
     pub extra_fds: Vec<ExtraFd>,
+    /// Path in the container of a socket for messages to its service manager (sd_notify(3)), which are in
+    /// [`Process::notifications`](crate::Process::notifications). The configuration has a tmpfs at its directory, where
+    /// the socket is alone. Only for a container's first process.
+    pub notify_socket: Option<String>,
 }
 
 impl From<Stdio> for ProcessStreams {
@@ -61,6 +65,7 @@ impl From<Stdio> for ProcessStreams {
         Self {
             stdio,
             extra_fds: Vec::new(),
+            notify_socket: None,
         }
     }
 }

@@ -49,6 +49,7 @@ mod json;
 mod loopback;
 mod mount_points;
 mod network;
+mod notifications;
 mod oci;
 mod patience;
 mod pending_streams;
@@ -91,6 +92,7 @@ pub use koya_vmm::host::process::{enable_core_scheduling, prepare_process};
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
+pub use notifications::Notifications;
 pub use oci::{
     Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration,
     known_capabilities,

@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::container::Process;
 use crate::container_config::{Direction, ExtraFd, ProcessStreams, Stdio};
+use crate::notifications::Notifications;
 use crate::sandbox::Inner;
 use crate::streams::Expected;
 use koya_protocol::messages;
@@ -16,6 +17,7 @@ pub(crate) struct PendingStreams {
     stdout: Option<Expected>,
     stderr: Option<Expected>,
     extra_fds: Vec<Expected>,
+    notifications: Option<Expected>,
 }
 
 impl PendingStreams {
@@ -63,17 +65,25 @@ impl PendingStreams {
                 ..Default::default()
             });
         }
+        let notify_path = streams.notify_socket.clone().unwrap_or_default();
+        let notifications = match notify_path.is_empty() {
+            true => None,
+            false => Some(expect()?),
+        };
         Ok(Self {
             message: messages::Stdio {
                 stdin: token(&stdin),
                 stdout: token(&stdout),
                 stderr: token(&stderr),
+                notify_path,
+                notify_token: token(&notifications),
                 ..message
             },
             stdin,
             stdout,
             stderr,
             extra_fds,
+            notifications,
         })
     }
 
@@ -107,6 +117,7 @@ impl PendingStreams {
             stdout: take(self.stdout)?,
             stderr: take(self.stderr)?,
             extra_fds: extra_fds.map_err(Error::host("connect a stream"))?,
+            notifications: take(self.notifications)?.map(Notifications::new),
         })
     }
 }

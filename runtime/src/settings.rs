@@ -41,6 +41,8 @@ pub struct Settings {
     /// (`vm.overcommit_memory` is 2), the memory at its start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_max_mib: Option<u64>,
+    /// Whether guests have the Scalable Vector Extension (SVE) of an aarch64 host. A host without it refuses to start them.
+    pub sve: bool,
     /// Cache policy of the guest for shared files: `never`, `auto`, `always` or `writeback` (docs/devices.md).
     #[cfg_attr(test, schemars(with = "String"))]
     pub cache: Cache,
@@ -54,7 +56,8 @@ pub struct Settings {
     /// SELinux. Read from the host's files only: the process exists before containerd passes other settings.
     pub selinux: bool,
     /// Whether the threads of a sandbox that serve the guest are confined: a seccomp filter for each kind of thread, and no
-    /// capabilities except those for serving files (`docs/security.md`).
+    /// capabilities except those for serving files (`docs/security.md`). In the host's files, also whether its process
+    /// gives up the privileges that it does not need.
     pub seccomp: bool,
     /// Whether a CPU core with several hyperthreads runs threads of only one sandbox at a time (core scheduling;
     /// docs/security.md). containerd's environment variable `SCHED_CORE` enables it, too.
@@ -82,6 +85,7 @@ impl Default for Settings {
             memory_mib: 512,
             cpus_max: None,
             memory_max_mib: None,
+            sve: false,
             cache: Cache::default(),
             vsock: false,
             apparmor: true,
@@ -295,6 +299,7 @@ impl Settings {
             cpus_max: cpus_max.map(|max| max.max(cpus)),
             memory_mib,
             memory_max_mib: memory_max_mib.map(|max| max.max(memory_mib)),
+            sve: self.sve,
             cache: self.cache,
             containers_vsock: self.vsock,
             confined: self.seccomp,

@@ -262,6 +262,27 @@ fn what_is_of_one_platform_stays_with_it() {
     }
 }
 
+/// Places for code of one architecture. Other code asks for the name of the architecture at most (`std::env::consts::ARCH`).
+const OF_ONE_ARCHITECTURE: &[&str] = &[
+    "vmm/src/arch/",
+    "vmm/src/kvm/",
+    "devices/host/src/walls/calls.rs",
+];
+
+#[test]
+fn code_of_one_architecture_is_in_its_places() {
+    let is_its = |file: &str| {
+        let mut places = OF_ONE_ARCHITECTURE.iter();
+        places.any(|place| file.starts_with(*place))
+    };
+    for file in files("rs") {
+        let is_test = file.starts_with("tests/") || file.contains("/tests/");
+        let text = read(&file);
+        let has_some = without_tests(&text).contains("target_arch");
+        assert!(is_test || is_its(&file) || !has_some, "{file}");
+    }
+}
+
 /// Modules of `devices/src` that are devices and independent of one another.
 const DEVICES: &[&str] = &[
     "balloon", "blk", "fs", "mem", "net", "rng", "serial", "vsock",

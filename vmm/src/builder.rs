@@ -207,6 +207,9 @@ impl VmBuilder {
         let machine = Machine::new(kvm, memory.clone())?;
         let machine = Arc::new(machine);
         let mut features = arch::features(kvm)?;
+        if self.spec.cpus.sve {
+            arch::add_sve(&mut features, kvm)?;
+        }
         arch::prepare_vm(&mut features, machine.fd())?;
         let cpus = self.spec.cpus.count;
         let kickers: Vec<_> = (0..cpus).map(|_| Kicker::default()).collect();

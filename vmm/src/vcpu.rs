@@ -394,6 +394,22 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_has_scalable_vectors_or_is_refused() {
+        let mut spec = Spec::flat(guest::START_SECOND);
+        spec.cpus.sve = true;
+        match Vm::builder(spec).start() {
+            Ok(vm) => {
+                assert_eq!(std::env::consts::ARCH, "aarch64");
+                assert_eq!(vm.stop(), ExitReason::Stopped);
+            }
+            Err(error) => {
+                let error = error.to_string();
+                assert!(error.starts_with("`sve` on ") && error.ends_with("is not supported"));
+            }
+        }
+    }
+
+    #[test]
     fn a_held_cpu_does_not_block_pause_and_stop() {
         let vm = start();
         let handle = vm.handle();

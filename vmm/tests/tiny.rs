@@ -18,6 +18,13 @@ fn a_guest_that_resets_ends_in_order() {
 }
 
 #[test]
+#[cfg(target_arch = "aarch64")] // A PC without ACPI can only be reset.
+fn a_guest_that_turns_its_machine_off_ends_in_order() {
+    let reason = start(guests::OFF).wait();
+    assert_eq!(reason, ExitReason::Reset);
+}
+
+#[test]
 fn a_guest_can_be_run_by_the_caller() {
     let reason = Vm::builder(Spec::flat(RESET)).run();
     assert_eq!(reason.expect("a tiny guest"), ExitReason::Reset);

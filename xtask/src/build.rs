@@ -42,11 +42,6 @@ pub(crate) struct Products {
 }
 
 impl Products {
-    /// Paths of this machine's products once they are built.
-    pub(crate) fn places() -> Self {
-        Self::places_of(Arch::of_this_machine())
-    }
-
     /// Paths of an architecture's products once they are built.
     pub(crate) fn places_of(arch: Arch) -> Self {
         let out = arch.target("koya");

@@ -1,5 +1,5 @@
 //! Formatting, dependencies, clippy and the documentation of the library crates with warnings denied, the contents of the
-//! published packages, and a check of the aarch64 build.
+//! published packages, and clippy for aarch64.
 
 use crate::{dependencies, proc, setup};
 use anyhow::Result;
@@ -47,14 +47,17 @@ pub(crate) fn run() -> Result<()> {
         eprintln!("lint: NOT CHECKED: {target} can't be had (rustup target add {target})");
         return Ok(());
     }
-    eprintln!("lint: checking the {target} build");
+    eprintln!("lint: clippy for {target}");
     proc::run(proc::cargo().args([
-        "check",
+        "clippy",
         "--target",
         target,
         "--package",
         "koya-vmm",
         "--package",
         "koya-cli",
+        "--",
+        "-D",
+        "warnings",
     ]))
 }

@@ -68,7 +68,7 @@ enum Command {
     Fuzz(fuzz::FuzzArgs),
     /// Run benchmarks of Koya and its peers
     Bench(bench::BenchArgs),
-    /// Check formatting, dependencies, clippy, documentation, packages and the aarch64 build
+    /// Check formatting, dependencies, clippy (also for aarch64), documentation and packages
     Lint,
 }
 

@@ -97,6 +97,11 @@ const CHANGES: &[(&str, &str, &str)] = &[
     ("220-healthcheck.bats", "sleep 2", "sleep 15"),
     ("220-healthcheck.bats", "sleep 5", "sleep 60"),
     (
+        "260-sdnotify.bats",
+        "!= \"crun\"",
+        "!= @(crun|koya-runtime)",
+    ),
+    (
         "450-interactive.bats",
         "timeout 10 socat",
         "timeout 120 socat",

@@ -76,7 +76,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     }
     eprintln!("test: Linux guests");
     let (debian, fsx) = (debian()?, fsx(arch)?);
-    let (containerds, dockers) = (containerds(arch)?, dockers()?);
+    let (containerds, dockers) = (containerds(arch)?, dockers(arch)?);
     proc::run(cargo().args(["build", "--workspace"]).args(EXAMPLES))?;
     let mut system = test(&["--workspace", "--test", "system"]);
     system
@@ -117,8 +117,8 @@ const FOREIGN_UNITS: [&str; 4] = ["koya-host", "koya-devices", "koya-vmm", "koya
 /// The filter for a few tests that need only Koya (`tests/tests/system/smoke.rs`).
 const SMOKE: &str = "smoke";
 
-/// The tests for another architecture than this machine's, in emulated hosts. Lints, unit tests of architecture-independent
-/// crates, and tests of Docker are left out.
+/// The tests for another architecture than this machine's, in emulated hosts. Lints, and unit tests of
+/// architecture-independent crates are left out.
 fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     if args.filter.is_none() {
         build::ensure_for(arch)?;
@@ -159,7 +159,8 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     system
         .env("KOYA_TEST_DEBIAN", debian_for(arch)?)
         .env("KOYA_TEST_FSX", fsx(arch)?)
-        .env("KOYA_TEST_CONTAINERD", containerds(arch)?);
+        .env("KOYA_TEST_CONTAINERD", containerds(arch)?)
+        .env("KOYA_TEST_DOCKER", dockers(arch)?);
     resume(&mut system, arch, args.model, args)?;
     proc::run(&mut system)
 }
@@ -364,7 +365,7 @@ const DOCKER_SUITES: [(&str, &str); 2] = [("trixie", "tini"), ("forky", "tini-st
 const WHICH_DOCKERS: &str = "KOYA_TEST_DOCKERS";
 
 /// The directories of the selected versions, separated by colons.
-fn dockers() -> Result<OsString> {
+fn dockers(arch: Arch) -> Result<OsString> {
     let which = std::env::var(WHICH_DOCKERS).unwrap_or_default();
     let count = match which.as_str() {
         "" => 0,
@@ -373,7 +374,7 @@ fn dockers() -> Result<OsString> {
         other => bail!("{WHICH_DOCKERS} is {other:?}, not `first` or `all`"),
     };
     let directories = DOCKER_SUITES[..count].iter();
-    let directories = directories.map(|(suite, init)| docker(suite, init));
+    let directories = directories.map(|(suite, init)| docker(arch, suite, init));
     Ok(std::env::join_paths(
         directories.collect::<Result<Vec<_>>>()?,
     )?)
@@ -382,16 +383,16 @@ fn dockers() -> Result<OsString> {
 /// The directory of the older tested Docker.
 pub(crate) fn first_docker() -> Result<PathBuf> {
     let (suite, init) = DOCKER_SUITES[0];
-    docker(suite, init)
+    docker(Arch::of_this_machine(), suite, init)
 }
 
 /// The directory of Docker from a suite, unpacked once. Its runc is Debian 12's, which fits the machine's C library.
-fn docker(suite: &str, init: &str) -> Result<PathBuf> {
+fn docker(arch: Arch, suite: &str, init: &str) -> Result<PathBuf> {
     let packages = ["docker.io", "docker-cli", "containerd", init];
-    let key = cache::key([&[suite, "runc"], &packages[..]].concat());
+    let key = arch.key(&[&[suite, "runc"], &packages[..]].concat());
     cache::ensure("docker", &key, |dir| {
-        apt::unpack(suite, &packages, dir)?;
-        apt::unpack("bookworm", &["runc"], dir)
+        apt::unpack_for(arch, suite, &packages, dir)?;
+        apt::unpack_for(arch, apt::RELEASE, &["runc"], dir)
     })
 }
 

@@ -14,6 +14,7 @@ mod generated {
 pub mod cpus;
 pub mod hook;
 pub mod names;
+pub mod notify;
 mod refusal;
 
 pub use generated::agent as messages;

@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`process`] | settings at the start of a program |
+//! | [`privileges`] | the capabilities that a program keeps while its sandbox runs |
 //! | [`threads`] | starts threads by [role](threads::Role) |
 //! | [`walls`] | confines threads: seccomp filters and capabilities by role |
 //! | [`descriptors`] | reopens descriptors, by `/proc/self/fd` |
@@ -14,6 +15,7 @@
 
 pub mod descriptors;
 pub mod limited;
+pub mod privileges;
 pub mod process;
 pub mod sync;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.

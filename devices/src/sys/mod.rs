@@ -10,6 +10,7 @@ pub use ring::{Completion, Ring, Transfer};
 pub use tap::{attach_tap, offload, set_tap_offload, use_tap_queue};
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 use vm_memory::VolatileSlice;
@@ -133,12 +134,10 @@ pub enum Advice {
 /// # Errors
 /// The error from madvise(2).
 pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> io::Result<()> {
-    let page = rustix::param::page_size();
     let guard = slice.ptr_guard_mut();
     let start = guard.as_ptr() as usize;
-    let first = start.next_multiple_of(page);
-    let end = (start + slice.len()) / page * page;
-    if first >= end {
+    let pages = whole_pages(start..start + slice.len(), rustix::param::page_size());
+    if pages.is_empty() {
         return Ok(());
     }
     let advice = match advice {
@@ -150,8 +149,13 @@ pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> i
     // SAFETY: the range lies inside the slice and thus inside a mapping of guest memory, which belongs to the
     // guest alone: at most its pages become zero, as if the guest had written them. Exclusion from core dumps makes no
     // difference to its users.
-    let result = unsafe { libc::madvise(first as *mut libc::c_void, end - first, advice) };
+    let result = unsafe { libc::madvise(pages.start as *mut libc::c_void, pages.len(), advice) };
     checked(result as isize).map(drop)
+}
+
+/// The whole pages of `page` bytes in a range of addresses; the guest's pages may be smaller than the host's.
+fn whole_pages(bytes: Range<usize>, page: usize) -> Range<usize> {
+    bytes.start.next_multiple_of(page)..bytes.end / page * page
 }
 
 /// Receives from a socket directly into guest memory.
@@ -373,4 +377,25 @@ pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
         )
     };
     checked(result as isize).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_pages_of_the_host_are_meant() {
+        // x86_64 has pages of 4 KiB, aarch64 also of 16 and 64.
+        for page in [4 << 10, 16 << 10, 64 << 10] {
+            let at = 10 * page;
+            let whole = at..at + 2 * page;
+            assert_eq!(whole_pages(whole.clone(), page), whole);
+            let around = at - 1..at + 3 * page - 1;
+            assert_eq!(whole_pages(around, page), whole);
+            assert!(whole_pages(at + 1..at + 2 * page - 1, page).is_empty());
+            assert!(whole_pages(at + 1..at + 2, page).is_empty());
+        }
+        // A page of the guest is none of this host.
+        assert!(whole_pages(0x1_0000..0x1_1000, 64 << 10).is_empty());
+    }
 }

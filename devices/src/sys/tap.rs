@@ -66,7 +66,9 @@ pub fn attach_tap(
     // SAFETY: TUNSETVNETHDRSZ reads one int.
     checked(unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, &header) } as isize)?;
     let name = request.ifr_name.iter().take_while(|byte| **byte != 0);
-    Ok(name.map(|byte| char::from(*byte as u8)).collect())
+    // `c_char` is unsigned on some architectures, where a cast would do nothing.
+    let name = name.map(|byte| char::from(byte.to_ne_bytes()[0]));
+    Ok(name.collect())
 }
 
 /// Sets the offloads that this side handles ([`offload`]).

@@ -6,6 +6,7 @@ use super::programs;
 use clap::Args;
 use koya::vmm::{ExitReason, Spec, Vm, kvm};
 use serde_json::json;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 #[derive(Args)]
@@ -15,9 +16,17 @@ pub(super) struct CheckArgs {
     json: bool,
 }
 
-/// Iterations of the tiny guest's loop of two instructions: 0.1 ms on hardware, a fraction of a second if each instruction
-/// is emulated.
+/// Iterations of the tiny guest's loop of two instructions at first: 0.1 ms on hardware, a fraction of a second if each
+/// instruction is emulated.
 const ROUNDS: u32 = 60_000;
+
+/// A run has to take this many times as long as that of a guest which does nothing: on emulated hosts, the latter takes
+/// milliseconds, and not always the same number of them.
+const LEAST_MULTIPLE: u32 = 4;
+
+/// Factor by which a run that was too short is repeated, and the limit: seconds on an emulated host.
+const GROWTH: u32 = 8;
+const MAX_ROUNDS: u32 = ROUNDS * GROWTH.pow(4);
 
 /// At a lower rate (instructions per second) no Linux guest is usable. Hardware reaches billions, emulated hardware (nested
 /// in an emulator) hundreds of millions, a software KVM half a million: this is the geometric middle of the last two.
@@ -122,52 +131,101 @@ fn look() -> Vec<Finding> {
     findings
 }
 
-/// Koya's other programs, by the names that engines use, each with its version option.
-const PROGRAMS: [(&str, &str, &str); 2] = [
-    (
-        "containerd-shim-koya-v2",
-        "-v",
-        "for containerd, Docker and Kubernetes",
-    ),
-    ("koya-runtime", "--version", "for podman"),
+/// One of Koya's other programs, by the name that engines use.
+struct Program {
+    name: &'static str,
+    /// Option that prints its version.
+    version: &'static str,
+    purpose: &'static str,
+    /// The consequence if it is not on the usual search path.
+    elsewhere: &'static str,
+}
+
+const PROGRAMS: [Program; 2] = [
+    Program {
+        name: "containerd-shim-koya-v2",
+        version: "-v",
+        purpose: "for containerd, Docker and Kubernetes",
+        elsewhere: "containerd and Docker do not find it unless that directory is on their PATH",
+    },
+    Program {
+        name: "koya-runtime",
+        version: "--version",
+        purpose: "for podman",
+        elsewhere: "engines need its whole path",
+    },
 ];
 
 /// Checks that Koya's other programs are installed, and have this version.
 fn programs() -> Finding {
-    let mut texts = Vec::new();
-    let mut well = true;
-    for (name, option, purpose) in PROGRAMS {
-        let Some(path) = programs::find(name) else {
-            // Without these engines, they are not needed.
-            texts.push(format!("{name} ({purpose}) is not installed"));
-            continue;
-        };
-        let asked = programs::command(&path).arg(option).output();
-        let said = asked.map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
-        match said.as_deref().map(version_in) {
-            Ok(Some(env!("CARGO_PKG_VERSION"))) => {
-                texts.push(path.display().to_string());
-            }
-            Ok(version) => {
-                well = false;
-                texts.push(format!(
-                    "{} is of version {}, this is {}: install both of one build",
-                    path.display(),
-                    version.unwrap_or("unknown"),
-                    env!("CARGO_PKG_VERSION")
-                ));
-            }
-            Err(error) => {
-                well = false;
-                texts.push(format!("{} does not start: {error}", path.display()));
-            }
-        }
-    }
+    let found = PROGRAMS.map(|program| {
+        let beside = programs::beside(program.name);
+        about(&program, beside, programs::find(program.name), version_of)
+    });
+    let texts: Vec<_> = found
+        .iter()
+        .flatten()
+        .map(|(_, text)| text.as_str())
+        .collect();
     Finding {
         what: "programs",
-        well,
+        well: found.iter().flatten().all(|(well, _)| *well),
         text: texts.join("; "),
     }
+}
+
+/// Texts on the program beside this one and on that of the search path, usually the same, each with whether all is well.
+fn about(
+    program: &Program,
+    beside: Option<PathBuf>,
+    on_path: Option<PathBuf>,
+    version_of: impl Fn(&Path, &str) -> Result<String, String>,
+) -> Vec<(bool, String)> {
+    let mut places: Vec<PathBuf> = beside.into_iter().collect();
+    if let Some(path) = &on_path
+        && !places.iter().any(|place| is_same(place, path))
+    {
+        places.push(path.clone());
+    }
+    if places.is_empty() {
+        // Without these engines, they are not needed.
+        let Program { name, purpose, .. } = program;
+        return vec![(true, format!("{name} ({purpose}) is not installed"))];
+    }
+    let texts = places.into_iter().map(|place| {
+        let at = place.display();
+        match version_of(&place, program.version) {
+            Ok(version) if version == env!("CARGO_PKG_VERSION") => {
+                let text = match on_path {
+                    Some(_) => at.to_string(),
+                    None => format!("{at} ({})", program.elsewhere),
+                };
+                (true, text)
+            }
+            Ok(version) => {
+                let own = env!("CARGO_PKG_VERSION");
+                let text = format!(
+                    "{at} is of version {version}, this is {own}: install both of one build"
+                );
+                (false, text)
+            }
+            Err(error) => (false, format!("{at} does not start: {error}")),
+        }
+    });
+    texts.collect()
+}
+
+/// Whether two paths lead to one file.
+fn is_same(a: &Path, b: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    a == b || real(a).is_some_and(|one| real(b) == Some(one))
+}
+
+fn version_of(program: &Path, option: &str) -> Result<String, String> {
+    let asked = programs::command(program).arg(option).output();
+    let said = asked.map_err(|error| error.to_string())?;
+    let said = String::from_utf8_lossy(&said.stdout);
+    Ok(version_in(&said).unwrap_or("unknown").to_owned())
 }
 
 /// The version in a program's version output: the last word of the first line.
@@ -191,12 +249,30 @@ fn fastest(mut measure: impl FnMut() -> Result<f64, String>) -> Result<f64, Stri
     Ok(best)
 }
 
-/// Instructions per second of a guest that only counts, without the time of an empty run.
+/// Instructions per second of a guest that only counts.
 fn measure() -> Result<f64, String> {
-    let empty = time_of(1)?;
-    let full = time_of(ROUNDS)?;
-    let counting = full.saturating_sub(empty).max(Duration::from_micros(10));
-    Ok(2.0 * f64::from(ROUNDS) / counting.as_secs_f64())
+    rate(time_of)
+}
+
+/// The rate without the time of an empty run: from a run long enough for that time not to matter.
+fn rate(mut time_of: impl FnMut(u32) -> Result<Duration, String>) -> Result<f64, String> {
+    let mut rounds = ROUNDS;
+    let mut empty = Duration::MAX;
+    loop {
+        empty = empty.min(time_of(1)?);
+        let full = time_of(rounds)?;
+        if full >= empty.saturating_mul(LEAST_MULTIPLE) || rounds >= MAX_ROUNDS {
+            let counting = full.saturating_sub(empty);
+            if counting.is_zero() {
+                return Err(format!(
+                    "a tiny guest took no longer for {rounds} rounds ({full:?}) than for one: \
+                     try again when the machine is less busy"
+                ));
+            }
+            return Ok(2.0 * f64::from(rounds) / counting.as_secs_f64());
+        }
+        rounds = rounds.saturating_mul(GROWTH).min(MAX_ROUNDS);
+    }
 }
 
 fn time_of(rounds: u32) -> Result<Duration, String> {
@@ -227,6 +303,71 @@ mod tests {
             Some("0.1.0")
         );
         assert_eq!(version_in(""), None);
+    }
+
+    /// What is said of a program at these places, all of one version.
+    fn said_of(beside: Option<&str>, on_path: Option<&str>, version: &str) -> Vec<(bool, String)> {
+        let [beside, on_path] = [beside, on_path].map(|path| path.map(PathBuf::from));
+        about(&PROGRAMS[0], beside, on_path, |_, _| Ok(version.to_owned()))
+    }
+
+    #[test]
+    fn a_program_is_found_beside_this_one_and_on_the_search_path() {
+        let own = env!("CARGO_PKG_VERSION");
+        let said = said_of(None, None, own);
+        assert!(said[0].0 && said[0].1.ends_with("is not installed"));
+        let said = said_of(Some("/opt/shim"), None, own);
+        assert!(
+            said[0].0 && said[0].1.contains("unless that directory"),
+            "{said:?}"
+        );
+        for (beside, on_path) in [
+            (Some("/bin/shim"), Some("/bin/shim")),
+            (None, Some("/bin/shim")),
+        ] {
+            let said = said_of(beside, on_path, own);
+            assert_eq!(said, [(true, "/bin/shim".to_owned())]);
+        }
+        // Engines start the one on the search path, whichever is beside.
+        let said = said_of(Some("/opt/shim"), Some("/bin/shim"), "0.0.0");
+        assert_eq!(said.len(), 2);
+        for ((well, text), place) in said.iter().zip(["/opt/shim", "/bin/shim"]) {
+            assert!(!well && text.starts_with(place), "{text}");
+            assert!(text.contains("is of version 0.0.0"), "{text}");
+        }
+    }
+
+    /// `rate` on a machine where a guest takes `start` beyond its instructions, and the number of runs.
+    fn rate_with(start: Duration, per_second: f64) -> (Result<f64, String>, usize) {
+        let mut runs = 0;
+        let rate = rate(|rounds| {
+            runs += 1;
+            // The empty runs, every other one, take twice as long to start.
+            let start = if runs % 2 == 0 { start / 2 } else { start };
+            Ok(start + Duration::from_secs_f64(2.0 * f64::from(rounds) / per_second))
+        });
+        (rate, runs)
+    }
+
+    #[test]
+    fn the_start_of_a_guest_is_not_counted() {
+        for (start, per_second) in [
+            (Duration::from_micros(100), 3e9),
+            (Duration::from_millis(30), 200e6),
+            (Duration::from_millis(5), 0.5e6),
+        ] {
+            let (rate, runs) = rate_with(start, per_second);
+            let error = (rate.unwrap() / per_second - 1.0).abs();
+            assert!(error < 0.5 && runs <= 10, "{error} after {runs} runs");
+        }
+        // As slow a KVM as there is needs no second run.
+        assert_eq!(rate_with(Duration::from_millis(5), 0.5e6).1, 2);
+    }
+
+    #[test]
+    fn a_time_that_is_none_is_no_rate() {
+        let refused = rate(|_| Ok(Duration::from_millis(1))).unwrap_err();
+        assert!(refused.contains("less busy"), "{refused}");
     }
 
     /// `fastest` of these rates, and the number of measurements.

@@ -148,6 +148,11 @@ impl NetArgs {
         }
     }
 
+    /// Whether the guest has none.
+    pub(super) fn is_none(&self) -> bool {
+        self.net == Kind::None
+    }
+
     /// The networks for the sandbox.
     pub(super) fn networks(&self) -> Vec<NetworkConfig> {
         let network = match &self.net {
@@ -335,14 +340,16 @@ fn pair(process: u32) -> [IpNet; 2] {
     [1, 2].map(|n| IpNet::new_assert(Ipv4Addr::from(first + n).into(), 30))
 }
 
-/// Moves this process into a network namespace with pasta's interface in it.
+/// Moves this process into a network namespace with pasta's interface in it. Without root, that takes a user namespace; in a
+/// mount namespace of that one, detached mounts are possible, and so are root directories of threads without files of the
+/// host. Later mounts of the host still propagate there.
 fn enter_user(publish: &[Ports], host: &HostNetwork) -> Result<()> {
     let mut pasta = Pasta::prepare(publish, host)?;
     let root = rustix::process::geteuid().is_root();
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let flags = match root {
         true => CloneFlags::CLONE_NEWNET,
-        false => CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET,
+        false => CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS,
     };
     unshare(flags).context(match root {
         true => "cannot make a network namespace (CAP_SYS_ADMIN is missing)",

@@ -16,6 +16,12 @@ pub(super) fn find(name: &str) -> Option<PathBuf> {
     system.or_else(|| find_in(&own?, name))
 }
 
+/// Location of a program in the directory of this one: the same installation, if it is in it.
+pub(super) fn beside(name: &str) -> Option<PathBuf> {
+    let own = env::current_exe().ok()?;
+    find_in(own.parent()?.as_os_str(), name)
+}
+
 fn find_in(path: &OsStr, name: &str) -> Option<PathBuf> {
     let mut places = env::split_paths(path).filter(|dir| dir.is_absolute());
     places.find_map(|dir| Some(dir.join(name)).filter(|place| place.is_file()))

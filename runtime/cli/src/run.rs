@@ -20,6 +20,7 @@ use super::{FAILED, Outcome};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use koya::image::{Defaults, Image, Options};
+use koya::vmm::host::privileges::{Program, limit_privileges};
 use koya::vmm::host::threads;
 use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, GuestDevice, ProcessConfig, Profile,
@@ -114,7 +115,7 @@ pub(super) struct RunArgs {
     security_opt: Vec<Security>,
     /// Do not confine the threads on the host that run the guest and serve its devices; by default each has a seccomp
     /// filter, no capabilities except those for serving files, and, if started by root, no access to files that are not
-    /// shared
+    /// shared. All other threads keep all capabilities of the caller, too
     #[arg(long)]
     no_seccomp: bool,
     /// Do not share CPU cores with other processes (core scheduling): their hyperthreads run threads of this container or
@@ -204,6 +205,19 @@ impl RunArgs {
     fn sysctls(&self, of_network: bool) -> impl Iterator<Item = (String, String)> {
         let all = self.sysctl.iter().cloned();
         all.filter(move |(name, _)| is_network_sysctl(name) == of_network)
+    }
+
+    /// Gives up the privileges of this process that its sandbox does not need. pasta, which has a profile of its own under
+    /// AppArmor, was started before.
+    fn limit_privileges(&self) -> Result<()> {
+        let program = match self.net.is_none() {
+            true => Program::Run,
+            false => Program::RunWithNetwork,
+        };
+        match self.no_seccomp {
+            true => Ok(()),
+            false => limit_privileges(program).context("cannot give up privileges"),
+        }
     }
 
     /// Validates all arguments before anything is created.
@@ -392,8 +406,9 @@ impl Live {
 }
 
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> Result<Live> {
-    // Before any thread exists: namespaces are per thread, and no signal must be lost.
+    // Before any thread exists: namespaces and privileges are per thread, and no signal must be lost.
     args.net.enter()?;
+    args.limit_privileges()?;
     let signals = Signals::new(forwarded_signals()).context("cannot catch signals")?;
     signals.add_signal(SIGWINCH)?;
     let running = Running::default();

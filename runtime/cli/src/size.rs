@@ -20,6 +20,9 @@ pub(super) struct SizeArgs {
     /// Pin each virtual CPU to a CPU of the host, such as 0,2
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cpu_pin: Vec<u32>,
+    /// Give the guest the Scalable Vector Extension (SVE) of an aarch64 host
+    #[arg(long)]
+    sve: bool,
     /// Set the memory, in MiB or with a unit (512m, 2g); that of the guest kernel is added
     #[arg(long, short, value_name = "SIZE", default_value = "256m", value_parser = parse_mib)]
     memory: u64,
@@ -57,6 +60,7 @@ impl SizeArgs {
         config.cpus = self.cpus;
         config.cpus_max = self.cpus_max;
         config.cpu_pins = self.cpu_pin.clone();
+        config.sve = self.sve;
         config.memory_mib = self.memory;
         config.memory_max_mib = self.memory_max;
         config.memory_backing = match self.memory_backing {

@@ -66,7 +66,7 @@ impl Pty {
 
 /// Sends a descriptor attached to its name.
 pub(crate) fn send_descriptor(
-    to: &UnixStream,
+    to: impl AsFd,
     name: &[u8],
     descriptor: BorrowedFd<'_>,
 ) -> rustix::io::Result<()> {

@@ -7,21 +7,22 @@ use crate::pidfd::Receiver;
 use crate::preserved::PreservedFds;
 use crate::source::Source;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
-use crate::{Outcome, capabilities, life, logging, member, program};
+use crate::{Outcome, capabilities, life, logging, member, notify, program};
 use anyhow::{Context, Result, bail};
 use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
 use koya_tasks::hooks::{self, Kind};
 use koya_tasks::wire::{Wire, send};
-use koya_tasks::{Role, SandboxMembership, Spec, cgroup};
+use koya_tasks::{Role, SandboxMembership, Spec, cgroup, environment_for};
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 pub(crate) fn create(
     root: &Root,
@@ -84,15 +85,26 @@ fn attend(
     if let Some(master) = &master {
         console::copy_size(master);
     }
-    life::start(root, &args.create.id)?;
+    // Until the container is ready, and after.
+    let messages = life::start_and_follow(root, &args.create.id, true)?;
+    let messages = messages
+        .map(notify::Forwarder::until_end_aside)
+        .transpose()?;
     let joined = master.as_ref().map(ConnectedTerminal::start).transpose()?;
     signals.to(child.id(), master)?;
     let status = child.wait()?;
+    if let Some(messages) = messages {
+        // The last ones are on their way.
+        messages.recv_timeout(LAST_MESSAGES).ok();
+    }
     if let Some(joined) = joined {
         joined.finish();
     }
     Ok(status.code().unwrap_or(KILLED) as u8)
 }
+
+/// Time limit for passing on the last messages of a container to a service manager.
+const LAST_MESSAGES: Duration = Duration::from_secs(2);
 
 /// Status of a container whose sandbox process was killed.
 pub(crate) const KILLED: i32 = 137;
@@ -109,6 +121,8 @@ struct CreateParams {
     pidfd: Option<Receiver>,
     /// Whether the terminal is the user's own.
     is_own_terminal: bool,
+    /// Its socket for messages to a service manager.
+    notify: Option<notify::Wanted>,
 }
 
 impl CreateParams {
@@ -129,6 +143,7 @@ impl CreateParams {
         if let Some(process) = spec.config().process() {
             capabilities::warn_of_ambient(&serde_json::to_value(process.capabilities())?);
         }
+        let notify = notify::Wanted::of(&spec, &args.bundle);
         Ok(Self {
             spec,
             source,
@@ -136,6 +151,7 @@ impl CreateParams {
             console: None,
             pidfd: Receiver::connect(args.pidfd_socket.as_deref())?,
             is_own_terminal: false,
+            notify,
         })
     }
 
@@ -160,6 +176,7 @@ fn make(
         console,
         pidfd,
         is_own_terminal,
+        notify,
     } = wanted;
     let bundle = fs::canonicalize(&args.bundle)
         .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
@@ -173,15 +190,17 @@ fn make(
         is_terminal: console.is_some(),
         is_own_terminal,
         preserved: given.count,
+        notify: notify.as_ref().map(|wanted| wanted.path.clone()),
         joins,
         log: logging::Config::of(globals)?,
     };
+    let manager = notify.as_ref().map(|wanted| wanted.manager.as_fd());
     let group = spec.cgroup();
     // Only after its ID is reserved: an ID in use is the more helpful error.
     let is_unused = group.as_deref().map_or(Ok(()), cgroup::check_unused);
     let launched = is_unused
         .map_err(anyhow::Error::from)
-        .and_then(|()| launch(&boot, console, given));
+        .and_then(|()| launch(&boot, &spec, console, given, manager));
     // A container whose poststop hooks are due if it is not created.
     let mut due = None;
     let made = launched.and_then(|(mut child, stream)| {
@@ -209,8 +228,10 @@ fn make(
 /// Starts the long-lived process, and sends it the request.
 fn launch(
     boot: &Boot,
+    spec: &Spec,
     console: Option<UnixStream>,
     given: &PreservedFds,
+    manager: Option<BorrowedFd<'_>>,
 ) -> Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
@@ -219,6 +240,10 @@ fn launch(
         .arg("serve")
         // For ps(1) and `podman top`.
         .arg(&boot.id)
+        .env_clear()
+        .envs(environment_for(spec, &[Kind::CreateContainer]))
+        // Not the sandbox's: it is of this command.
+        .env_remove(notify::VARIABLE)
         .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -227,7 +252,8 @@ fn launch(
         false => Ok(command.spawn()?),
     };
     let child = child.context("cannot start the container's process")?;
-    given.send(&ours, boot, console.as_ref().map(AsFd::as_fd))?;
+    let console = console.as_ref().map(AsFd::as_fd);
+    given.send(&ours, boot, console, manager)?;
     Ok((child, ours))
 }
 
@@ -299,6 +325,7 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
         hooks,
         process: serde_json::to_value(spec.config().process())?,
         owner: boot.joins.as_ref().map(|joins| joins.sandbox.clone()),
+        notifies: boot.notify.is_some(),
     })
 }
 
@@ -355,6 +382,7 @@ mod tests {
             is_terminal: false,
             is_own_terminal: false,
             preserved: Default::default(),
+            notify: None,
             joins: None,
             log: logging::Config::default(),
         };

@@ -13,8 +13,8 @@ use crate::signal::PASSED;
 use crate::state::{Container, Root, Status, Stored};
 use crate::{Outcome, capabilities, source};
 use anyhow::{Context, Result, bail};
-use koya_tasks::Spec;
 use koya_tasks::wire::{Wire, send};
+use koya_tasks::{Spec, environment, give_up_privileges};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGWINCH;
@@ -242,7 +242,7 @@ fn foreground(
     let is_own_terminal = pty.is_some() && args.console_socket.is_none();
     let asked = container.asked(added.request(is_own_terminal));
     let slave = pty.as_ref().map(|pty| pty.slave.as_fd());
-    given.send(stream, &asked, slave)?;
+    given.send(stream, &asked, slave, None)?;
     let mut wire = Wire::new(stream.try_clone()?);
     receive_response(&mut wire)?;
     write_pid(args.pid_file.as_deref(), std::process::id())?;
@@ -306,6 +306,8 @@ fn detach(
     let mut child = Command::new("/proc/self/exe")
         .arg0("koya-runtime")
         .arg("stub")
+        .env_clear()
+        .envs(environment())
         .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -320,7 +322,7 @@ fn detach(
     let told = pidfd.map_or(Ok(()), |receiver| receiver.send(child.id()));
     let console = console.as_ref().map(AsFd::as_fd);
     let started = told
-        .and_then(|()| given.send(&ours, &stubbed, console))
+        .and_then(|()| given.send(&ours, &stubbed, console, None))
         .and_then(|()| receive_response(&mut Wire::new(ours)))
         .and_then(|_| write_pid(args.pid_file.as_deref(), child.id()));
     if started.is_err() {
@@ -338,6 +340,7 @@ pub(crate) fn stub() -> Outcome {
     rustix::stdio::dup2_stdin(&null)?;
     rustix::process::setsid().context("internal command, run only by koya-runtime itself")?;
     let mut wire = Wire::new(stream.try_clone()?);
+    give_up_privileges(false)?;
     let Some((stubbed, fds)) = wire.receive::<StubRequest>()? else {
         bail!("no request was received");
     };

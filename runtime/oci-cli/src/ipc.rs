@@ -28,6 +28,8 @@ pub(crate) struct Boot {
     pub(crate) is_own_terminal: bool,
     /// Inherited descriptors, attached last.
     pub(crate) preserved: Count,
+    /// Path in the container of its socket for notifications. The service manager's is attached after everything else.
+    pub(crate) notify: Option<String>,
     /// The container whose virtual machine it joins.
     pub(crate) joins: Option<SandboxMembership>,
     pub(crate) log: logging::Config,
@@ -52,6 +54,9 @@ pub(crate) struct Create {
     pub(crate) joins: SandboxMembership,
     pub(crate) is_own_terminal: bool,
     pub(crate) preserved: Count,
+    /// As in [`Boot`].
+    #[serde(default)]
+    pub(crate) notify: Option<String>,
 }
 
 /// A request of a command.
@@ -70,6 +75,10 @@ pub(crate) enum Request {
     Stats,
     /// Report each OOM kill.
     Ooms,
+    /// Report the container's messages to its service manager (whose socket is attached) until it is ready, or to its end.
+    Notify {
+        until_ready: bool,
+    },
     /// Create a container. Sizes of its terminal and signals follow; if the connection breaks, it is killed.
     Create(Create),
     /// Run a process; its streams are attached. Sizes of its terminal and signals follow; if the connection breaks, it is
@@ -92,6 +101,8 @@ pub(crate) enum Response {
     Stats(serde_json::Value),
     /// The OOM killer has killed processes.
     Oom,
+    /// A message to the service manager.
+    Notified(String),
     /// An exec process runs; its end follows.
     Started,
     /// Exit status of an exec process, or of a container's process.

@@ -16,6 +16,8 @@ mod life;
 mod list;
 mod logging;
 mod member;
+mod notifier;
+mod notify;
 mod pidfd;
 mod preserved;
 mod program;

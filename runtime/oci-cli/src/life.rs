@@ -3,6 +3,7 @@
 use crate::cli::{DeleteArgs, KillArgs};
 use crate::console::{copy_size, spawn};
 use crate::ipc::{Request, send_request};
+use crate::notify::Forwarder;
 use crate::state::{self, Container, Root, Status, Stored};
 use crate::{Outcome, create, signal};
 use anyhow::{Context, Result, bail};
@@ -23,9 +24,20 @@ const GONE_LIMIT: Duration = Duration::from_secs(30);
 const GROUP_LIMIT: Duration = Duration::from_secs(2);
 
 pub(crate) fn start(root: &Root, id: &str) -> Outcome {
-    let (container, _lock) = root.lock(id)?;
-    create::start_created(&container)?;
+    if let Some(mut messages) = start_and_follow(root, id, false)? {
+        messages.until_ready();
+    }
     Ok(0)
+}
+
+/// Starts a container. Returns its messages to the service manager that has started this command, if there is one;
+/// `is_main` says whether this command remains the main process of the service.
+pub(crate) fn start_and_follow(root: &Root, id: &str, is_main: bool) -> Result<Option<Forwarder>> {
+    // Others may use the container while it is not ready.
+    let (container, _lock) = root.lock(id)?;
+    let messages = Forwarder::connect(&container, is_main)?;
+    create::start_created(&container)?;
+    Ok(messages)
 }
 
 pub(crate) fn kill(root: &Root, args: &KillArgs) -> Outcome {

@@ -133,6 +133,7 @@ fn ask_for(
             joins: joins.clone(),
             is_own_terminal: boot.is_own_terminal,
             preserved: boot.preserved,
+            notify: boot.notify.clone(),
         }),
     };
     let mounts =
@@ -159,7 +160,9 @@ pub(crate) fn create(
     }
     // Mounts made after the start of this process may be missing in its own mount namespace.
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
-    let mut spec = read_spec(&create.source, &create.bundle, &id, create.preserved)?;
+    let path = create.notify.as_deref();
+    let mut spec = read_spec(&create.source, &create.bundle, &id, create.preserved, path)?;
+    let notify = served.notifiers.socket(&id, path, &mut fds)?;
     // Mounted by its own process, whose mount namespace this is.
     if !spec.take_overlays(&create.directory).is_empty() && !create.directory.is_absolute() {
         bail!("mounts: an overlay is not possible beside a process of another version of Koya");
@@ -170,6 +173,7 @@ pub(crate) fn create(
         spec,
         mounts: Vec::new(),
         stdio: descriptors(fds, create.is_own_terminal, create.preserved)?,
+        notify,
         joins: Some(create.joins),
         settings: Settings::load()?,
     })?;

@@ -89,12 +89,13 @@ impl PreservedFds {
     }
 
     /// Sends a message with the descriptors of a process: a terminal or a connection for one, or else the streams of this
-    /// process, followed by the inherited descriptors.
+    /// process, followed by the inherited descriptors, and the socket of a service manager.
     pub(crate) fn send(
         &self,
         to: &UnixStream,
         message: &impl Serialize,
         terminal: Option<BorrowedFd<'_>>,
+        manager: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
         let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
         let mut fds = match terminal {
@@ -102,6 +103,7 @@ impl PreservedFds {
             None => vec![stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
         };
         fds.extend(self.fds.iter().map(AsFd::as_fd));
+        fds.extend(manager);
         send(to, message, &fds)
     }
 }

@@ -2,10 +2,11 @@
 //!
 //! Its standard input is a connection to the command that created it, which sends the request ([`Boot`]) with the
 //! container's streams. It enters the sandbox's namespaces while it is single-threaded, so that `/proc/PID/ns/net` of its
-//! PID is the sandbox's; then hooks may run, and then the container is created.
+//! PID is the sandbox's, and gives up privileges; then hooks may run, and then the container is created.
 
 use crate::console::{self, Pty, spawn};
 use crate::ipc::{Boot, ContainerRequest, Request, Response};
+use crate::notifier::Notifiers;
 use crate::preserved::{self, Count};
 use crate::signal::PASSED;
 use crate::source::Source;
@@ -16,8 +17,8 @@ use koya::Settings;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{
     CreateTask, Event, EventSink, ExecTask, Exit, Overlay, PidHolder, Spec, StdioConfig,
-    StdioDescriptors, TaskSet, TaskSetConfig, cgroup, enter_own_mounts, read_process,
-    read_resources,
+    StdioDescriptors, TaskSet, TaskSetConfig, cgroup, enter_own_mounts, give_up_privileges,
+    read_process, read_resources,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
@@ -95,6 +96,7 @@ pub(crate) struct ServerState {
     pub(crate) tasks: Arc<TaskSet>,
     told: Arc<TaskEvents>,
     terminal: Option<OwnedFd>,
+    pub(crate) notifiers: Notifiers,
     next_exec: AtomicU64,
 }
 
@@ -111,7 +113,9 @@ pub(crate) fn serve() -> Outcome {
     boot.log.start()?;
     std::env::set_current_dir("/")?;
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
-    let entered = enter(&boot);
+    // No hooks of a container run here whose virtual machine is another process.
+    let limited = |spec| give_up_privileges(boot.joins.is_none()).map(|()| spec);
+    let entered = enter(&boot).and_then(limited);
     PidHolder::lend_first_thread("koya-owner", |first_thread| {
         let served = entered.and_then(|spec| match &boot.joins {
             Some(joins) => {
@@ -134,16 +138,21 @@ pub(crate) fn read_spec(
     bundle: &Path,
     id: &str,
     preserved: Count,
+    notify: Option<&str>,
 ) -> Result<Spec> {
     let mut spec = source.read(bundle, id)?;
     spec.drop_hooks_of_others();
     spec.add_environment(preserved.environment());
+    if let Some(path) = notify {
+        spec.set_notify_socket(path);
+    }
     Ok(spec)
 }
 
 /// Enters the container's control group and network while there is one thread, and mounts its overlays.
 fn enter(boot: &Boot) -> Result<Spec> {
-    let mut spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved)?;
+    let notify = boot.notify.as_deref();
+    let mut spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved, notify)?;
     let group = spec.cgroup();
     if let Some(group) = &group
         && let Err(error) = cgroup::enter(group)
@@ -172,7 +181,7 @@ fn enter(boot: &Boot) -> Result<Spec> {
 fn run(
     boot: &Boot,
     spec: Spec,
-    fds: Vec<OwnedFd>,
+    mut fds: Vec<OwnedFd>,
     stream: &UnixStream,
     wire: &mut Wire,
     first_thread: PidHolder,
@@ -181,6 +190,8 @@ fn run(
     if wire.receive::<Request>()?.is_none() {
         bail!("the creating command ended early");
     }
+    let notifiers = Notifiers::default();
+    let notify = notifiers.socket(&boot.id, boot.notify.as_deref(), &mut fds)?;
     let (fds, terminal) = streams(boot, &spec, fds)?;
     let stdio = descriptors(fds, boot.is_own_terminal, boot.preserved)?;
     let (sender, receiver) = channel();
@@ -206,6 +217,7 @@ fn run(
         spec,
         mounts: Vec::new(),
         stdio,
+        notify,
         joins: None,
         settings,
     });
@@ -218,6 +230,7 @@ fn run(
         tasks: tasks.clone(),
         told,
         terminal,
+        notifiers,
         next_exec: AtomicU64::new(0),
     });
     listen(listener, served)?;
@@ -371,6 +384,9 @@ fn carry_out(stream: &UnixStream, served: &Arc<ServerState>) -> Result<Response>
         }
         Request::Stats => return Ok(Response::Stats(events::data(&tasks.stats(id)?))),
         Request::Ooms => return stream_oom_events(stream, &served.told, id),
+        Request::Notify { until_ready } => {
+            served.notifiers.follow(id, stream, until_ready, fds)?;
+        }
         Request::Exec {
             process,
             is_own_terminal,

@@ -67,6 +67,9 @@ pub(crate) struct Stored {
     /// The container that owns its virtual machine, if that is another one.
     #[serde(default)]
     pub(crate) owner: Option<String>,
+    /// Whether it has a socket for messages to a service manager.
+    #[serde(default)]
+    pub(crate) notifies: bool,
 }
 
 impl Stored {
@@ -484,6 +487,7 @@ pub(crate) mod tests {
             hooks: Hooks::default(),
             process: serde_json::Value::Null,
             owner: None,
+            notifies: false,
         }
     }
 

@@ -1,5 +1,5 @@
-//! The long-lived process: it detaches from its creator, enters the namespaces of its sandbox while it is single-threaded,
-//! and serves until nothing is left to serve.
+//! The long-lived process: it detaches from its creator, enters the namespaces of its sandbox and gives up privileges while
+//! it is single-threaded, and serves until nothing is left to serve.
 
 use crate::events::Events;
 use crate::flags::Flags;
@@ -7,7 +7,7 @@ use crate::launch;
 use crate::service::{self, Service};
 use anyhow::{Context, Result};
 use koya::vmm::host::threads;
-use koya_tasks::{PidHolder, Spec, TaskSet, TaskSetConfig, cgroup};
+use koya_tasks::{PidHolder, Spec, TaskSet, TaskSetConfig, cgroup, give_up_privileges};
 use rustix::fs::{Mode, OFlags};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -56,6 +56,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     }
     cgroup::have_all_cpus();
     koya::vmm::devices::fs::raise_descriptor_limit();
+    let ready = ready.and_then(|()| give_up_privileges(true));
 
     PidHolder::lend_first_thread("koya-shim", |first_thread| {
         let config = TaskSetConfig {

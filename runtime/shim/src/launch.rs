@@ -4,7 +4,8 @@ use crate::flags::Flags;
 use crate::selinux;
 use anyhow::{Context, Result, bail};
 use koya::Settings;
-use koya_tasks::{Role, Spec};
+use koya_tasks::hooks::Kind;
+use koya_tasks::{Role, Spec, environment_for};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -48,7 +49,7 @@ pub(crate) fn start(flags: &Flags) -> Result<()> {
             let socket = socket(flags, &flags.id);
             // Before the process is created: nothing cleans up after a failed start.
             let address = note(&socket)?;
-            launch(flags, &bundle, &socket, spec.selinux_label())?;
+            launch(flags, &bundle, &socket, &spec)?;
             address
         }
     };
@@ -57,12 +58,13 @@ pub(crate) fn start(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-fn launch(flags: &Flags, bundle: &Path, socket: &Path, label: Option<&str>) -> Result<()> {
+fn launch(flags: &Flags, bundle: &Path, socket: &Path, spec: &Spec) -> Result<()> {
     let Some(listener) = listen(socket)? else {
         // It is already running: containerd repeats the call after a failure of its own.
         return Ok(());
     };
-    let launched = label_process(label).and_then(|()| spawn(flags, bundle, listener));
+    let launched = label_process(spec.selinux_label());
+    let launched = launched.and_then(|()| spawn(flags, bundle, spec, listener));
     if launched.is_err() {
         fs::remove_file(socket).ok();
     }
@@ -103,7 +105,7 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>> {
 
 /// Starts the long-lived process. Its standard input is the listener; containerd reads our output to its end, so it inherits
 /// none of it. containerd may connect before it is ready: the backlog holds the connection.
-fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
+fn spawn(flags: &Flags, bundle: &Path, spec: &Spec, listener: UnixListener) -> Result<()> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["-namespace", &flags.namespace]);
     command.args(["-address", &flags.address]);
@@ -113,6 +115,8 @@ fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     }
     let mut child = command
         .arg("serve")
+        .env_clear()
+        .envs(environment_for(spec, &Kind::ALL))
         .current_dir(bundle)
         .stdin(OwnedFd::from(listener))
         .stdout(Stdio::null())

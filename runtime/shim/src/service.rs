@@ -169,6 +169,7 @@ fn task_of(request: CreateTaskRequest) -> Result<CreateTask, Error> {
             stderr: request.stderr,
             terminal: request.terminal,
         }),
+        notify: None,
         joins: None,
         settings,
     })

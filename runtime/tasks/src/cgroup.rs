@@ -1,9 +1,11 @@
 //! The control group of a sandbox on the host (version 2), from `linux.cgroupsPath` of a configuration. The sandbox's
 //! process is in it, with limits for the sandbox as a whole: the limits of the container, plus the overhead of a virtual
-//! machine.
+//! machine, and as many threads as it may need.
 
 use crate::Error;
 use anyhow::{Context, anyhow};
+use koya::vmm::MAX_CPUS;
+use koya::vmm::devices::vsock::muxer::MAX_CONNECTIONS;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::fs;
 use std::io;
@@ -23,6 +25,24 @@ const TABLES: u64 = 128;
 /// Memory for the files that the guest remembers, as a fraction of its memory: a node takes some 400 bytes here, plus an
 /// inode and a descriptor in the host kernel, while the guest kernel takes 1 KiB for it.
 const NODES: u64 = 4;
+
+/// Threads and processes of a sandbox on the host, at most. A guest determines the number of many of them, by its connections:
+/// each of these has a limit of its own.
+const TASKS: [(u64, &str); 7] = [
+    (MAX_CPUS as u64, "virtual CPUs"),
+    (256, "devices, and the sandbox itself"),
+    (
+        4 * MAX_CONNECTIONS as u64,
+        "one for each stream of a process, which is a connection, and up to three for the process",
+    ),
+    (768, "256 connections to a pod's loopback"),
+    (192, "queries to Docker's name server, and its own"),
+    (
+        768,
+        "256 requests of containerd, and the threads that answer them",
+    ),
+    (1024, "hooks and loggers, and the programs that they start"),
+];
 
 /// Directory of a configuration's group. `slice:prefix:name` is the systemd form. As with runc, `..` never leads outside.
 ///
@@ -176,13 +196,19 @@ pub(crate) fn memory(mib: u64, kernel_mib: u64) -> [(&'static str, String); 2] {
     ]
 }
 
-/// Sets the limits from [`memory`] if the group is this process's. Otherwise the guest's own limits apply.
+/// The limit of threads and processes, for the sandbox as a whole. That of a container applies in the guest.
+fn tasks() -> (&'static str, String) {
+    let all: u64 = TASKS.iter().map(|(most, _)| most).sum();
+    ("pids.max", all.to_string())
+}
+
+/// Sets the limits from [`memory`] and [`tasks`] if the group is this process's. Otherwise the guest's own limits apply.
 pub(crate) fn bound(group: &Path, mib: u64, kernel_mib: u64) {
     if !is_ours(group) {
-        log::debug!("no limit of memory: {} is not ours", group.display());
+        log::debug!("no limits: {} is not ours", group.display());
         return;
     }
-    for (file, value) in memory(mib, kernel_mib) {
+    for (file, value) in memory(mib, kernel_mib).into_iter().chain([tasks()]) {
         if !group.join(file).exists() {
             log::debug!("{} has no {file}", group.display());
         } else if let Err(error) = set(group, file, &value) {
@@ -286,6 +312,22 @@ mod tests {
             let [max, _] = memory(huge.0, huge.1);
             assert_eq!(max.1, u64::MAX.to_string(), "{huge:?}");
         }
+    }
+
+    #[test]
+    fn a_sandbox_has_threads_for_all_that_is_limited_elsewhere() {
+        let (file, most) = tasks();
+        assert_eq!(file, "pids.max");
+        let most: u64 = most.parse().unwrap();
+        // Every connection that a guest may have, and the CPUs of the largest one.
+        assert!(most > MAX_CONNECTIONS as u64 + u64::from(MAX_CPUS));
+        // A quarter of the process IDs of a host that has not raised their number (32,768) is left.
+        assert!(most <= 3 << 13, "{most}");
+        assert!(
+            TASKS
+                .iter()
+                .all(|(most, what)| *most > 0 && !what.is_empty())
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@ use crate::event::Event;
 use crate::machine::GuestContainer;
 use crate::mounts::{self, Mount};
 use crate::namespaces::{HOST_NETWORK, Network, own_pid};
+use crate::notify::NotifySocket;
 use crate::pid_holder::PidHolder;
 use crate::process::{Exit, Handle, Process};
 use crate::set::{Entry, KILLED, LOST, Task, TaskSet};
@@ -44,6 +45,8 @@ pub struct CreateTask {
     pub mounts: Vec<Mount>,
     /// Streams of its init process.
     pub stdio: StdioConfig,
+    /// Its socket for messages to a service manager, if it has one ([`Spec::set_notify_socket`]).
+    pub notify: Option<NotifySocket>,
     /// The container of the set whose virtual machine it joins, if that does not follow from Kubernetes annotations.
     pub joins: Option<SandboxMembership>,
     /// The sandbox's settings, which the configuration's annotations may change. For a member of an existing pod, they only
@@ -85,6 +88,8 @@ impl CreateTask {
             (_, Some(first)) => first.clone(),
             (_, None) => PidHolder::process(),
         };
+        let mut init = Process::new(self.stdio);
+        init.wanted.notify_socket = self.notify.as_ref().map(|socket| socket.path.clone());
         let task = Task {
             id: self.id,
             bundle: self.bundle,
@@ -94,7 +99,8 @@ impl CreateTask {
             role,
             joins: self.joins,
             settings,
-            init: Process::new(self.stdio),
+            init,
+            notify: self.notify,
             pid_holder,
             time_limits: Once::new(),
         };
@@ -124,6 +130,7 @@ impl TaskSet {
                 is_mounted: false,
                 is_busy: true,
                 oom_kills: 0,
+                is_notifying: false,
             };
             state.entries.insert(task.id.clone(), entry);
             drop(state);
@@ -259,8 +266,10 @@ impl TaskSet {
         let machine = self.boot(task)?;
         self.resize_guest()?;
         let bundle = self.bundle(task);
-        let (container, streams) = machine.create(&task.id, &bundle, &task.init.wanted)?;
-        let connected = task.init.take_io().connect(streams).map_err(Error::from);
+        let (container, mut streams) = machine.create(&task.id, &bundle, &task.init.wanted)?;
+        let relayed = self.relay_notifications(task, streams.notifications.take());
+        let connected = relayed.and_then(|()| task.init.take_io().connect(streams));
+        let connected = connected.map_err(Error::from);
         let limited = match task.is_member() {
             true => Ok(()),
             false => task.limit_on_host(),

@@ -3,12 +3,14 @@
 //!
 //! They run in the host's network namespace (a hook may set up the container's, and talks to daemons), and in the
 //! mount namespace of the sandbox's process, which sees the container's root as well as the host's mounts. Only
-//! createContainer hooks run in the container's network namespace.
+//! createContainer hooks run in the container's network namespace. In a process that has given up privileges a thread that
+//! has kept them starts the hooks (`launcher`).
 //!
 //! The output of a hook goes to memory files instead of pipes: a background process of the hook would keep a pipe open, and
 //! the wait for its end would block.
 
 use crate::Error;
+use crate::launcher::launch;
 use crate::logger::has_ended_within;
 use crate::set::{Task, TaskSet};
 use crate::spec::Spec;
@@ -49,6 +51,15 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All kinds, in the order in which their hooks run.
+    pub const ALL: [Self; 5] = [
+        Self::Prestart,
+        Self::CreateRuntime,
+        Self::CreateContainer,
+        Self::Poststart,
+        Self::Poststop,
+    ];
+
     /// Name in the configuration.
     pub fn name(self) -> &'static str {
         match self {
@@ -155,28 +166,55 @@ fn each(
         return Ok(());
     }
     let state = serde_json::to_vec(state).context("cannot write the container's state")?;
-    let run_all = || {
-        hooks.iter().enumerate().try_for_each(|(index, hook)| {
-            let name = || hook::failure(kind.name(), index, hook);
-            judge(run_one(hook, &state, context.directory).with_context(name))
-        })
+    let network = context.network.map(File::try_clone).transpose();
+    let list = HookList {
+        kind,
+        hooks: hooks.to_vec(),
+        state,
+        directory: context.directory.to_owned(),
+        network: network.context("the host's network namespace")?,
+        judge,
     };
-    let Some(network) = context.network else {
-        return Ok(run_all()?);
-    };
-    // Network namespaces are per thread.
-    let ran = std::thread::scope(|scope| {
-        let entered = || {
-            setns(network, CloneFlags::CLONE_NEWNET).context("cannot enter the host's network")?;
-            run_all()
+    Ok(launch(move || list.run())?)
+}
+
+/// Hooks to run one after the other.
+struct HookList {
+    kind: Kind,
+    hooks: Vec<Hook>,
+    /// The container's state, as text.
+    state: Vec<u8>,
+    directory: PathBuf,
+    network: Option<File>,
+    judge: fn(Result<()>) -> Result<()>,
+}
+
+impl HookList {
+    fn run(&self) -> Result<()> {
+        let Some(network) = &self.network else {
+            return self.run_here();
         };
-        let thread = threads::spawn_scoped(scope, "koya-hook", entered);
-        let thread = thread.context("cannot start a thread")?;
-        thread
-            .join()
-            .map_err(|_| anyhow!("a hook's thread ended"))?
-    });
-    Ok(ran?)
+        // Network namespaces are per thread.
+        std::thread::scope(|scope| {
+            let entered = || {
+                setns(network, CloneFlags::CLONE_NEWNET)
+                    .context("cannot enter the host's network")?;
+                self.run_here()
+            };
+            let thread = threads::spawn_scoped(scope, "koya-hook", entered);
+            let thread = thread.context("cannot start a thread")?;
+            thread
+                .join()
+                .map_err(|_| anyhow!("a hook's thread ended"))?
+        })
+    }
+
+    fn run_here(&self) -> Result<()> {
+        self.hooks.iter().enumerate().try_for_each(|(index, hook)| {
+            let name = || hook::failure(self.kind.name(), index, hook);
+            (self.judge)(run_one(hook, &self.state, &self.directory).with_context(name))
+        })
+    }
 }
 
 /// Runs the pending poststop hooks of a container whose sandbox was killed. Does nothing if they have already run, or are

@@ -2,7 +2,7 @@
 //! sandbox's control group (Linux, admin-guide/cgroup-v2).
 //!
 //! The memory limit is [`cgroup::memory`](crate::cgroup::memory), which includes the overhead of the virtual machine. The
-//! limit of processes applies only in the guest: on the host a sandbox has as many threads as it needs.
+//! limit of processes applies only in the guest: on the host a sandbox has a limit for all of its threads instead.
 
 use crate::cgroup::{self, is_ours};
 use crate::size::PERIOD;

@@ -24,6 +24,7 @@
 //!     bundle,
 //!     mounts: Vec::new(),
 //!     stdio: StdioConfig::default(),
+//!     notify: None,
 //!     joins: None,
 //!     settings: koya::Settings::load()?,
 //! })?;
@@ -38,7 +39,8 @@
 //! A request blocks its thread while the guest or the host works, but holds no lock: the state has one lock, each process
 //! and its streams have their own (`sync::Level` defines the order), and a request that changes a task takes its turn
 //! (`set::Turn`). Process-wide effects are limited to functions whose names say so: [`cgroup::enter`] and [`cgroup::leave`]
-//! move the process, and [`Spec::enter_namespaces`] and [`enter_own_mounts`] its only thread.
+//! move the process, [`Spec::enter_namespaces`] and [`enter_own_mounts`] its only thread, and [`give_up_privileges`] limits
+//! that thread and those that it creates.
 
 mod blocking;
 pub mod cgroup;
@@ -46,16 +48,19 @@ mod control;
 mod create;
 mod default_users;
 mod durations;
+mod environment;
 mod error;
 mod event;
 mod exec;
 pub mod hooks;
 mod host_limits;
+mod launcher;
 mod lifecycle;
 mod logger;
 mod machine;
 mod mounts;
 mod namespaces;
+mod notify;
 mod oci_compat;
 mod overlays;
 mod pid_holder;
@@ -79,11 +84,14 @@ pub use blocking::BlockingStream;
 pub use create::{CreateTask, SandboxMembership};
 pub use default_users::user_name;
 pub use durations::parse_duration;
+pub use environment::{environment, environment_for};
 pub use error::Error;
 pub use event::{Event, EventSink};
 pub use exec::ExecTask;
+pub use launcher::give_up_privileges;
 pub use mounts::Mount;
 pub use namespaces::{enter_own_mounts, is_in_user_namespace};
+pub use notify::NotifySocket;
 pub use oci_compat::{read_process, read_resources};
 pub use overlays::Overlay;
 pub use pid_holder::PidHolder;

@@ -127,6 +127,7 @@ impl TaskSet {
         if let Some(relay) = task.init.relay() {
             relay.finish();
         }
+        self.await_last_notifications(task);
         self.end_execs(task, exit.at);
         self.end(task, exit);
     }

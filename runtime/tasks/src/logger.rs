@@ -1,5 +1,6 @@
 //! Loggers: programs that receive the output of a process.
 
+use crate::launcher::launch;
 use crate::sync::spawn;
 use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt as _, FdMapping};
@@ -29,6 +30,11 @@ impl Drop for Logger {
 /// `binary:///program?key=value`: a program that receives both outputs as descriptors 3 and 4, and closes or writes to 5
 /// when it is ready.
 pub(crate) fn start(program: &str, name: &str, namespace: &str) -> Result<(File, File, Logger)> {
+    let [program, name, namespace] = [program, name, namespace].map(str::to_owned);
+    launch(move || start_here(&program, &name, &namespace))
+}
+
+fn start_here(program: &str, name: &str, namespace: &str) -> Result<(File, File, Logger)> {
     let (path, query) = program.split_once('?').unwrap_or((program, ""));
     let mut command = Command::new(path);
     for (key, value) in form_urlencoded::parse(query.as_bytes()) {

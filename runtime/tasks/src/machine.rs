@@ -13,7 +13,8 @@ use koya::vmm::devices::rate_limit::{Rate, RateLimiter};
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
     Bundle, Container, ContainerStats, DnsForwarder, ExecOptions, HostEnd, InterfaceChanges,
-    Loopback, NetworkConfig, ProcessStreams, Sandbox, SandboxConfig, Size, Step, TimelineFile,
+    Loopback, NetworkConfig, Notifications, ProcessStreams, Sandbox, SandboxConfig, Size, Step,
+    TimelineFile,
 };
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -50,6 +51,7 @@ pub(crate) struct Streams {
     pub(crate) stdout: Option<UnixStream>,
     pub(crate) stderr: Option<UnixStream>,
     pub(crate) extra_fds: Vec<UnixStream>,
+    pub(crate) notifications: Option<Notifications>,
 }
 
 impl Streams {
@@ -59,6 +61,7 @@ impl Streams {
             stdout: process.stdout.take(),
             stderr: process.stderr.take(),
             extra_fds: std::mem::take(&mut process.extra_fds),
+            notifications: process.notifications.take(),
         }
     }
 }

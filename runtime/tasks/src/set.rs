@@ -6,6 +6,7 @@ use crate::event::{Event, EventSink};
 use crate::exec::Exec;
 use crate::host_limits;
 use crate::machine::{Boot, GuestContainer, Machine, VirtualMachine, boot_sandbox};
+use crate::notify::NotifySocket;
 use crate::pid_holder::PidHolder;
 use crate::process::{Action, Exit, ExitWatch, Handle, Process, Status};
 use crate::size::Limits;
@@ -69,6 +70,7 @@ pub(crate) struct Task {
     pub(crate) joins: Option<SandboxMembership>,
     pub(crate) settings: Settings,
     pub(crate) init: Process,
+    pub(crate) notify: Option<NotifySocket>,
     pub(crate) pid_holder: PidHolder,
     /// Limits of CPU time on the host.
     pub(crate) time_limits: Once,
@@ -134,6 +136,8 @@ pub(crate) struct Entry {
     pub(crate) is_busy: bool,
     /// Number of its processes killed by the guest's OOM killer, as published so far.
     pub(crate) oom_kills: u64,
+    /// Whether its messages to a service manager are being passed on.
+    pub(crate) is_notifying: bool,
 }
 
 /// The variable state of a task set. Every change wakes the threads that wait for one.

@@ -250,6 +250,15 @@ impl Spec {
         host
     }
 
+    /// Whether it has hooks of these kinds that name no environment.
+    pub(crate) fn has_hooks_without_environment(&self, kinds: &[hooks::Kind]) -> bool {
+        let Some(all) = self.0.hooks() else {
+            return false;
+        };
+        let mut hooks = kinds.iter().flat_map(|kind| kind.of(all));
+        hooks.any(|hook| hook.env().is_none())
+    }
+
     /// Removes the hooks that another process runs on the host; the sandbox's process runs createContainer hooks.
     pub fn drop_hooks_of_others(&mut self) {
         let host = self.take_host_hooks();

@@ -88,6 +88,7 @@ impl StdioConfig {
         ProcessStreams {
             stdio: self.guest(),
             extra_fds: preserved.iter().map(Preserved::wanted).collect(),
+            notify_socket: None,
         }
     }
 

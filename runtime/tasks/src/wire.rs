@@ -18,9 +18,9 @@ use std::os::unix::net::UnixStream;
 /// Maximum length of a line in bytes: an exec's arguments and environment, which the guest kernel limits to 2 MiB. JSON
 /// takes more bytes for some characters.
 const MAX_LINE: usize = 4 << 20;
-/// Maximum number of descriptors attached to a line: the three streams of a process, a mount namespace, and the inherited
-/// descriptors of the process.
-const MAX_FDS: usize = 4 + Preserved::MAX;
+/// Maximum number of descriptors attached to a line: the three streams of a process, a mount namespace, a socket of a
+/// service manager, and the inherited descriptors of the process.
+const MAX_FDS: usize = 5 + Preserved::MAX;
 
 /// The receiving side of a connection.
 pub struct Wire {

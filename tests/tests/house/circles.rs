@@ -137,6 +137,7 @@ const MEANT: &[(&str, &[&str], &str)] = &[
             "hooks",
             "lifecycle",
             "machine",
+            "notify",
             "pid_holder",
             "process",
             "relay",

@@ -6,6 +6,7 @@ use crate::confinement::{
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
 use crate::hooks::hooks_run;
 use crate::kills::Kills;
+use crate::privileges::a_shim_has_few_privileges;
 use crate::takeover::{
     a_network_is_taken_over, a_tap_is_taken_over, routes_of_every_kind_are_taken_over,
 };
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 15] = [
+    let tests: [Test; 16] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_paused_task_is_killed", a_paused_task_is_killed),
@@ -42,6 +43,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         ("users_are_mapped", users_are_mapped),
         ("hooks_run", hooks_run),
         ("an_apparmor_profile_holds", an_apparmor_profile_holds),
+        ("a_shim_has_few_privileges", a_shim_has_few_privileges),
         ("many_start_at_once", many_start_at_once),
         ("a_pod_is_one_machine", a_pod_is_one_machine),
         (

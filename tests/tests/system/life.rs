@@ -64,7 +64,7 @@ fn one_process_a_sandbox() -> Result<()> {
 }
 
 /// koya, run by a user of the host with access to /dev/kvm.
-fn koya_as(user: u32, home: &Path) -> Command {
+pub(crate) fn koya_as(user: u32, home: &Path) -> Command {
     let user = user.to_string();
     let mut command = Command::new("setpriv");
     command

@@ -31,6 +31,7 @@ mod oci_descriptors;
 mod oci_exec;
 mod oci_limits;
 mod oci_mounts;
+mod oci_notify;
 mod oci_seccomp;
 mod oci_sysctls;
 mod oci_wrong;
@@ -39,6 +40,7 @@ mod pod_files;
 mod podman;
 mod podman_networks;
 mod podman_rootless;
+mod privileges;
 mod rigs;
 mod run;
 mod smoke;
@@ -94,6 +96,7 @@ fn main() -> ExitCode {
         oci_exec::trials(),
         oci_limits::trials(),
         oci_mounts::trials(),
+        oci_notify::trials(),
         oci_seccomp::trials(),
         oci_sysctls::trials(),
         oci_wrong::trials(),
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
         podman::trials(),
         podman_networks::trials(),
         podman_rootless::trials(),
+        privileges::trials(),
         surroundings::trials(),
         timeline::trials(),
         vsock::trials(),

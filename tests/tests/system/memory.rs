@@ -11,6 +11,7 @@ crate::trials![
     memory_comes_and_goes_again,
     memory_may_be_a_files,
     cpus_are_turned_on_and_off,
+    time_that_others_had_is_stolen_time,
     stats_name_each_container
 ];
 
@@ -48,9 +49,18 @@ fn freed_memory_goes_back_to_the_host() -> Result<()> {
 const MEM_TOTAL: &str = "awk '/MemTotal/ { print $2 }' /proc/meminfo";
 
 fn the_guest_has_what_was_asked_for() -> Result<()> {
+    // All memory of the machine, as the guest kernel has printed it.
+    let all = r"dmesg | sed -n 's|.*Memory: [0-9]*K/\([0-9]*\)K available.*|\1|p'";
     for (memory, cpus) in [(128u64, "1"), (300, "2"), (3500, "4")] {
         let size = memory.to_string();
-        let kib: u64 = sh(&["--memory", &size, "--cpus", cpus], MEM_TOTAL)?.parse()?;
+        let options = ["--memory", &size, "--cpus", cpus, "--privileged"];
+        let said = sh(&options, &format!("{MEM_TOTAL}; {all}"))?;
+        let mut numbers = said.lines().map(|line| line.parse::<u64>());
+        let kib = numbers.next().context("no MemTotal")??;
+        if let Some(Ok(ram)) = numbers.next() {
+            let ram = ram.div_ceil(1024);
+            eprintln!("memory: ({ram}, {cpus}, {kib}), a row for runtime/src/size.rs");
+        }
         let range = memory * 1024..=(memory + 8) * 1024;
         ensure!(range.contains(&kib), "{memory} MiB asked for: {kib} KiB");
     }
@@ -155,6 +165,18 @@ fn cpus_are_turned_on_and_off() -> Result<()> {
     let refused = koya(["update", "--cpus", "4", name]).output()?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(said.contains("1 to 3"), "{said}");
+    Ok(())
+}
+
+/// Two vCPUs that never sleep share one CPU of the host.
+fn time_that_others_had_is_stolen_time() -> Result<()> {
+    let script = "yes > /dev/null & yes > /dev/null & sleep 5; \
+                  awk '/^cpu / { print $5, $9 }' /proc/stat";
+    let said = sh(&["--cpus", "2", "--cpu-pin", "0,0"], script)?;
+    let (idle, stolen) = said.split_once(' ').context("no times")?;
+    let (idle, stolen): (u64, u64) = (idle.parse()?, stolen.parse()?);
+    // In hundredths of a second: some 500 of 1000.
+    ensure!(stolen >= 100, "stolen: {stolen}, idle: {idle}");
     Ok(())
 }
 

@@ -38,8 +38,10 @@ const EMULATED: &str = "rig: starting an emulated host";
 const MAX_RIGS: usize = 3;
 /// Number of tests in a batch: a rig takes as long to start as one test.
 const BATCH: usize = 40;
-/// Time limit for a batch in seconds: about twice what one takes on a slow machine.
+/// Time limits for a batch in seconds: about twice what one takes on a slow machine, and for another architecture, whose
+/// emulation is slower.
 const BATCH_LIMIT: &str = "2400";
+const FOREIGN_BATCH_LIMIT: &str = "7200";
 /// If more tests than these fail, emulation is not the cause.
 const MAX_SECOND_TRIES: usize = 4;
 
@@ -213,7 +215,11 @@ fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
     // crashes.
     let mut command = xtask(&["rig", "--no-build", "--cpus", "1"]);
     if batch.len() > 1 {
-        command.args(["--timeout", BATCH_LIMIT]);
+        let limit = match arch().is_empty() {
+            true => BATCH_LIMIT,
+            false => FOREIGN_BATCH_LIMIT,
+        };
+        command.args(["--timeout", limit]);
     }
     let mut words = std::env::args_os();
     let own = words.next().unwrap_or_default();

@@ -24,6 +24,7 @@ crate::trials![
     two_hundred_mib_survive_both_ways,
     a_terminal_follows_its_size_and_is_restored,
     every_cpu_is_there,
+    scalable_vectors_are_there_on_request,
     memory_is_what_was_asked_for,
     environment_directory_user_and_name,
     volumes_and_tmpfs,
@@ -244,6 +245,23 @@ fn every_cpu_is_there() -> Result<()> {
             ensure!(said.contains(reason) && said.lines().count() == 1, "{said}");
         }
     }
+    Ok(())
+}
+
+fn scalable_vectors_are_there_on_request() -> Result<()> {
+    let find = ["grep", "-w", "-m", "1", "sve", "/proc/cpuinfo"];
+    ensure!(run(&[], &find)?.stdout.is_empty());
+    let output = run(&["--sve"], &find)?;
+    let host = std::fs::read_to_string("/proc/cpuinfo")?;
+    if host.split_whitespace().any(|word| word == "sve") {
+        ensure!(output.status.success(), "{output:?}");
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(125) && said.contains("`sve` on "),
+        "{output:?}"
+    );
     Ok(())
 }
 

@@ -123,7 +123,7 @@ fn threads_that_a_guest_drives_are_confined() -> Result<()> {
     let left = directories_of_the_host(container.pid()?)?;
     ensure!(left.is_empty(), "koya-fs can leave its root by {left:?}");
     let of_owner = &threads["koya-watch"];
-    ensure!(!of_owner.seccomp && !of_owner.no_new_privileges);
+    ensure!(!of_owner.seccomp && of_owner.no_new_privileges);
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! Each architecture's directory offers the same functions:
 //! - [`KernelFormat`], [`kernel_format`]: detects the kernel format from the first bytes of a file
 //! - [`layout`]: guest physical memory map and the MMIO slots for virtio devices
-//! - [`features`]: CPU features that KVM offers
+//! - [`features`]: CPU features that KVM offers; [`add_sve`]: one that guests have only on request
 //! - [`prepare_vm`]: sets up the parts that must exist before vCPUs are created
 //! - [`prepare_vcpu`]: sets the identity and features of a vCPU
 //! - [`finish_vm`]: sets up the parts that require all vCPUs, and returns the interrupt controller ([`Interrupts`]);

@@ -56,6 +56,10 @@ pub struct VmConfig {
     /// Host CPUs to pin the vCPUs to, in order: empty, or one for each. Default: empty.
     #[serde(default)]
     pub cpu_pins: Vec<u32>,
+    /// Whether the vCPUs have the Scalable Vector Extension (SVE) of an aarch64 host; a host without it refuses. Default:
+    /// false.
+    #[serde(default)]
+    pub sve: bool,
     /// Memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`]. Default: 256.
     #[serde(default = "default_memory")]
     pub memory_mib: u64,
@@ -245,6 +249,8 @@ pub(crate) struct CpuSpec {
     pub(crate) online: u32,
     /// Host CPUs to pin them to: empty, or one for each.
     pub(crate) pins: Vec<u32>,
+    /// Whether they have SVE.
+    pub(crate) sve: bool,
 }
 
 /// The guest's memory.
@@ -294,6 +300,7 @@ impl VmConfig {
             cpus: default_cpus(),
             cpus_max: None,
             cpu_pins: Vec::new(),
+            sve: false,
             memory_mib: default_memory(),
             memory_max_mib: None,
             memory_backing: MemoryBacking::default(),
@@ -387,6 +394,7 @@ impl VmConfig {
             count,
             online: self.cpus,
             pins: self.cpu_pins.clone(),
+            sve: self.sve,
         })
     }
 
@@ -432,6 +440,7 @@ impl Spec {
                 count: 1,
                 online: 1,
                 pins: Vec::new(),
+                sve: false,
             },
             memory: MemorySpec::new(2 << 20),
             serial: Serial::None,

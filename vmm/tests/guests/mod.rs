@@ -33,6 +33,9 @@ mod aarch64 {
     /// movz w0, #9; movk w0, #0x8400, lsl 16; hvc #0; b . : PSCI's SYSTEM_RESET.
     pub(crate) const RESET: &[u8] =
         &words::<4, 16>([0x5280_0120, 0x72b0_8000, 0xd400_0002, 0x1400_0000]);
+    /// The same with #8: SYSTEM_OFF.
+    pub(crate) const OFF: &[u8] =
+        &words::<4, 16>([0x5280_0100, 0x72b0_8000, 0xd400_0002, 0x1400_0000]);
     /// b .
     pub(crate) const SPIN: &[u8] = &words::<1, 4>([0x1400_0000]);
     /// l: wfi; b l: sleeps inside KVM forever.

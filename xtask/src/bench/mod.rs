@@ -9,7 +9,7 @@ mod profile;
 mod report;
 mod tools;
 
-use crate::arch::Arch;
+use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
 use crate::build::{self, Products};
 use crate::{rig, setup, suite};
@@ -63,6 +63,8 @@ enum What {
     Monitor(monitor::MonitorArgs),
     /// Measure the host memory of the monitor and of whole sandboxes beyond that of the guest, by kind
     Memory {
+        #[command(flatten)]
+        arch: ArchArgs,
         /// Fail if a figure misses its goal
         #[arg(long)]
         check: bool,
@@ -71,6 +73,8 @@ enum What {
     },
     /// Measure the cost to create a sandbox, and its memory, with many running at once
     Many {
+        #[command(flatten)]
+        arch: ArchArgs,
         /// Numbers of sandboxes running at once
         #[arg(long, default_value = "1,10,50", value_name = "N,N")]
         counts: String,
@@ -112,12 +116,17 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
             report,
         } => report.save(&devices(*rounds, *unconfined, only.as_deref())?, &[]),
         What::Boot(args) => boot::run(args),
-        What::Memory { check, report } => report.finish(&memory()?, &[], *check),
+        What::Memory {
+            arch,
+            check,
+            report,
+        } => report.finish(&memory(arch.arch())?, &[], *check),
         What::Many {
+            arch,
             counts,
             check,
             report,
-        } => report.finish(&many(counts)?, &[], *check),
+        } => report.finish(&many(arch.arch(), counts)?, &[], *check),
         What::Criterion { quick, report } => report.save(&criterion::run(*quick)?, &[]),
         What::Peers(args) => peers::run(args),
         What::Monitor(args) => monitor::run(args),
@@ -137,7 +146,7 @@ fn devices(rounds: u32, unconfined: bool, only: Option<&str>) -> Result<Value> {
     command.extend([program.as_ref(), rounds.as_ref(), tools.as_os_str()]);
     command.push(peer.as_ref());
     command.extend(only.map(OsStr::new));
-    in_rig(&command)
+    in_rig(Arch::of_this_machine(), &command)
 }
 
 fn containers(rounds: u32) -> Result<Value> {
@@ -147,25 +156,25 @@ fn containers(rounds: u32) -> Result<Value> {
     let containerd = suite::containerd(suite::CONTAINERD_SUITES[0])?;
     let docker = suite::first_docker()?;
     let rounds = rounds.to_string();
-    in_rig(&[
+    let command: [&OsStr; 4] = [
         program.as_ref(),
         rounds.as_ref(),
         containerd.as_ref(),
         docker.as_ref(),
-    ])
+    ];
+    in_rig(Arch::of_this_machine(), &command)
 }
 
-fn memory() -> Result<Value> {
-    let arch = Arch::of_this_machine();
-    let examples = build::examples()?;
+fn memory(arch: Arch) -> Result<Value> {
+    let monitor = build::example(arch, "boot")?;
+    let examples = monitor.parent().context("an example has a directory")?;
     let program = program(arch, "memory")?;
     let command: [&OsStr; 3] = [program.as_ref(), "held".as_ref(), examples.as_ref()];
-    in_rig(&command)
+    in_rig(arch, &command)
 }
 
-fn many(counts: &str) -> Result<Value> {
+fn many(arch: Arch, counts: &str) -> Result<Value> {
     setup::ensure()?;
-    let arch = Arch::of_this_machine();
     let program = program(arch, "memory")?;
     let mut files = guest_files(arch, None)?;
     // For the sandboxes' networks.
@@ -227,13 +236,13 @@ fn program(arch: Arch, name: &str) -> Result<PathBuf> {
 }
 
 /// Runs a measurement on a host with KVM. Rows are printed on standard output, everything else on standard error.
-fn in_rig(command: &[&OsStr]) -> Result<Value> {
+fn in_rig(arch: Arch, command: &[&OsStr]) -> Result<Value> {
     let mut rig = Command::new(std::env::current_exe()?);
     // One CPU: with several, the emulation may crash a host that runs virtual machines.
     rig.args(["rig", "--no-build", "--cpus", "1", "--memory", "8192"])
-        .args(["--timeout", "14400", "--"])
+        .args(["--timeout", "14400", "--arch", arch.name(), "--"])
         .args(command)
-        .envs(Products::places().env());
+        .envs(Products::places_of(arch).env());
     let out = rig
         .stdout(Stdio::piped())
         .spawn()

@@ -29,14 +29,10 @@ const INITRAMFS: &str = "/initramfs";
 const UP: &str = "GUEST-UP";
 /// Kernel parameters in addition to those of the monitor: no messages, no probing for a keyboard.
 const WORDS: &str = "quiet initcall_blacklist=i8042_init";
-/// Parameters that Koya's monitor adds by itself: the console, and one that all its guests have. QEMU's `virt` has no serial
-/// port that Koya's kernel knows, so a virtio console there.
-fn for_others() -> &'static str {
-    match std::env::consts::ARCH {
-        "aarch64" => "console=hvc0",
-        _ => "console=ttyS0 8250.nr_uarts=1",
-    }
-}
+/// Parameters that Koya's monitor adds by itself: the console, and one that all its guests have.
+const SERIAL: &str = "console=ttyS0 8250.nr_uarts=1";
+/// Instead, for QEMU's `virt`, which has no serial port that Koya's kernel knows.
+const VIRTIO_CONSOLE: &str = "console=hvc0";
 /// Number of runs of each: the first fills caches, the last counts. Two more are traced, which costs instructions.
 const RUNS: usize = 2;
 const MEMORY_KIB: u64 = 128 << 10;
@@ -237,7 +233,8 @@ fn peers_of_stock() -> Result<Vec<Monitor>> {
 
 /// The other monitors, with their parameters for a kernel.
 fn peers_with(kernel: &str, limit: Duration) -> Result<Vec<Monitor>> {
-    let line = format!("{BASE_CMDLINE} {} {WORDS}", for_others());
+    let with = |console: &str| format!("{BASE_CMDLINE} {console} {WORDS}");
+    let (line, virtio_line) = (with(SERIAL), with(VIRTIO_CONSOLE));
     let config = format!("/run/firecracker{}.json", kernel.replace('/', "-"));
     let of = |name: &str, template: &str| {
         let words = template.split_whitespace().map(|word| {
@@ -245,6 +242,7 @@ fn peers_with(kernel: &str, limit: Duration) -> Result<Vec<Monitor>> {
             let word = word.replace("{initramfs}", INITRAMFS);
             word.replace("{config}", &config)
                 .replace("{cmdline}", &line)
+                .replace("{virtio_cmdline}", &virtio_line)
         });
         Monitor {
             name: name.to_owned(),
@@ -292,7 +290,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
         "-L /share/qemu -accel kvm -cpu host -M virt,gic-version=3 -m 128 \
          -nodefaults -no-user-config -display none -no-reboot \
          -chardev stdio,id=out -device virtio-serial-device -device virtconsole,chardev=out \
-         -kernel {kernel} -initrd {initramfs} -append {cmdline}",
+         -kernel {kernel} -initrd {initramfs} -append {virtio_cmdline}",
     ),
     (
         "Cloud Hypervisor",

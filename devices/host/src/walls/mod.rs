@@ -216,9 +216,9 @@ pub fn confine(filter: Filter) -> io::Result<()> {
     Ok(())
 }
 
-/// Drops all capabilities of this thread but these. Those for new programs (inheritable, ambient) are cleared: a confined
-/// thread executes none.
-fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
+/// Drops all capabilities of this thread but these. Those for new programs (inheritable, ambient) are cleared: confined
+/// threads execute none, and programs of root have those of the bounding set.
+pub(crate) fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
     let had = capabilities(None)?;
     if had.permitted.is_empty() && had.inheritable.is_empty() {
         return Ok(());

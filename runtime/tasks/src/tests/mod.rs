@@ -364,6 +364,7 @@ impl Rig {
             bundle,
             mounts: Vec::new(),
             stdio: StdioConfig::default(),
+            notify: None,
             joins: None,
             settings: Settings::default(),
         }

@@ -54,7 +54,8 @@ fn write(
     psci(&mut tree)?;
     timer(&mut tree, info.interrupts, info.cpus.count)?;
     interrupt_controller(&mut tree, info.interrupts, info.cpus.count)?;
-    if info.serial != Serial::None {
+    // Kernel messages need no driver, and without its port (`8250.nr_uarts=0`) the driver would fail with an error.
+    if info.serial == Serial::Console {
         serial(&mut tree)?;
     }
     for slot in info.slots.iter().chain(info.hotplug_slots) {
@@ -86,8 +87,8 @@ fn chosen(
     tree.end_node(node)
 }
 
-/// All boot memory, and the panic log in it. The log is not `no-map`: the monitor reads it through a cached mapping, so the
-/// kernel has to map it cached, too.
+/// All boot memory, and what the host reads and writes in it: the panic log and stolen time. They are not `no-map`: the host
+/// has a cached mapping, so the kernel has to map them cached, too.
 fn memory(tree: &mut FdtWriter, bytes: u64) -> Result<(), Error> {
     for (start, len) in layout::memory_ranges(bytes) {
         let node = tree.begin_node(&format!("memory@{start:x}"))?;
@@ -99,9 +100,14 @@ fn memory(tree: &mut FdtWriter, bytes: u64) -> Result<(), Error> {
     tree.property_u32("#address-cells", ROOT_CELLS)?;
     tree.property_u32("#size-cells", ROOT_CELLS)?;
     tree.property_null("ranges")?;
-    let log = tree.begin_node(&format!("panic-log@{:x}", layout::PANIC_LOG))?;
-    tree.property_array_u64("reg", &[layout::PANIC_LOG, layout::PANIC_LOG_SIZE])?;
-    tree.end_node(log)?;
+    for (name, start, len) in [
+        ("panic-log", layout::PANIC_LOG, layout::PANIC_LOG_SIZE),
+        ("stolen-time", layout::STOLEN_TIME, layout::STOLEN_TIME_SIZE),
+    ] {
+        let node = tree.begin_node(&format!("{name}@{start:x}"))?;
+        tree.property_array_u64("reg", &[start, len])?;
+        tree.end_node(node)?;
+    }
     tree.end_node(reserved)
 }
 
@@ -197,6 +203,7 @@ mod tests {
             count: cpus,
             online: cpus,
             pins: Vec::new(),
+            sve: false,
         };
         let slots = [0, 1].map(|index| layout::device_slot(index).unwrap());
         let info = BootInfo {
@@ -230,12 +237,29 @@ mod tests {
         let chosen = tree.find_node("/chosen").unwrap();
         let seed = chosen.property("rng-seed").unwrap().value;
         assert!(seed.len() == SEED && seed.iter().any(|byte| *byte != 0));
-        let log = tree.find_node("/reserved-memory/panic-log@80000000");
-        assert_eq!(
-            log.unwrap().reg().unwrap().next().unwrap().size,
-            Some(0x1_0000)
-        );
+        for (name, size) in [
+            ("panic-log@80000000", 0x1_0000),
+            ("stolen-time@801ff000", 0x1000),
+        ] {
+            let node = tree.find_node(&format!("/reserved-memory/{name}"));
+            let reserved = node.unwrap().reg().unwrap().next().unwrap();
+            assert_eq!(reserved.size, Some(size), "{name}");
+        }
         assert!(tree.find_node("/serial").is_some());
+    }
+
+    #[test]
+    fn the_serial_port_is_there_for_a_driver_only() {
+        for (serial, is_there) in [
+            (Serial::None, false),
+            (Serial::Messages, false),
+            (Serial::Console, true),
+        ] {
+            let bytes = tree(Interrupts::GicV3, 1, serial);
+            let tree = Fdt::new(&bytes).unwrap();
+            let node = tree.find_compatible(&["ns16550a"]);
+            assert_eq!(node.is_some(), is_there, "{serial:?}");
+        }
     }
 
     #[test]
@@ -251,7 +275,6 @@ mod tests {
             let timer = tree.find_node("/timer").unwrap();
             let first = &timer.property("interrupts").unwrap().value[8..12];
             assert_eq!(first, u32::to_be_bytes(cells));
-            assert!(tree.find_node("/serial").is_none());
         }
     }
 }

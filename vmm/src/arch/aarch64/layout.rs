@@ -8,6 +8,7 @@
 //! 0x4000_0000  MMIO slots for virtio devices, 4 KiB each
 //! 0x8000_0000  panic log (ramoops), reserved in the device tree
 //! 0x8001_0000  device tree, or flat code
+//! 0x801f_f000  stolen time, 64 bytes for each vCPU, reserved in the device tree
 //! 0x8020_0000  kernel
 //! ............  the initramfs, as high as possible in the first 16 GiB
 //! ............  at the next GiB: range for hot-plugged memory
@@ -45,10 +46,21 @@ pub(super) const DEVICE_TREE: u64 = PANIC_LOG + PANIC_LOG_SIZE;
 pub(super) const FLAT: u64 = DEVICE_TREE;
 /// Guest physical address of the kernel, 2 MiB-aligned as Documentation/arch/arm64/booting.rst demands.
 pub(super) const KERNEL: u64 = MEMORY_START + 0x20_0000;
+/// Room for the stolen time of all vCPUs.
+pub(super) const STOLEN_TIME_SIZE: u64 = 0x1000;
+pub(super) const STOLEN_TIME: u64 = KERNEL - STOLEN_TIME_SIZE;
 /// Room for the device tree.
-pub(super) const DEVICE_TREE_SIZE: u64 = KERNEL - DEVICE_TREE;
+pub(super) const DEVICE_TREE_SIZE: u64 = STOLEN_TIME - DEVICE_TREE;
 /// The initramfs must be in the same 32 GiB window as the kernel: it lies below this address.
 pub(super) const INITRAMFS_END: u64 = MEMORY_START + (16 << 30);
+
+/// Guest physical address of the structure in which KVM counts a vCPU's stolen time (Arm DEN 0057, 3.2.2).
+pub(super) fn stolen_time(index: u32) -> u64 {
+    STOLEN_TIME + STOLEN_TIME_ENTRY * u64::from(index)
+}
+
+/// Its size and alignment.
+const STOLEN_TIME_ENTRY: u64 = 64;
 
 /// Maximum number of virtio devices of a guest.
 pub(crate) const MAX_DEVICES: usize = 64;
@@ -87,7 +99,7 @@ pub(crate) fn hotplug_start(bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MAX_CPUS, MAX_DISK_SLOTS};
+    use crate::config::{MAX_CPUS, MAX_DISK_SLOTS, MAX_MEMORY_MIB};
 
     #[test]
     fn nothing_overlaps() {
@@ -101,13 +113,34 @@ mod tests {
             (MMIO_SLOTS, slots),
             (PANIC_LOG, PANIC_LOG_SIZE),
             (DEVICE_TREE, DEVICE_TREE_SIZE),
+            (STOLEN_TIME, stolen_time(MAX_CPUS) - STOLEN_TIME),
             (KERNEL, 1 << 20),
         ];
         for pair in ranges.windows(2) {
             assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
         }
         assert!(KERNEL.is_multiple_of(2 << 20));
+        assert!(stolen_time(MAX_CPUS) <= STOLEN_TIME + STOLEN_TIME_SIZE);
+        assert!(STOLEN_TIME.is_multiple_of(STOLEN_TIME_ENTRY));
         assert!(DEVICE_TREE_SIZE <= 2 << 20);
+    }
+
+    #[test]
+    fn memory_is_whole_pages_of_every_host() {
+        // Hosts have pages of 4, 16 or 64 KiB, and KVM maps whole ones.
+        let is_whole = |bytes: u64| bytes.is_multiple_of(64 << 10);
+        for mib in [2, 32, 129, 1000, MAX_MEMORY_MIB] {
+            let bytes = mib << 20;
+            let block = (hotplug_start(bytes), memory_block(bytes));
+            for (start, len) in memory_ranges(bytes).into_iter().chain([block]) {
+                assert!(is_whole(start) && is_whole(len), "{start:#x} {len:#x}");
+            }
+        }
+        assert!(is_whole(koya_devices::mem::BLOCK_SIZE));
+        // The hardware's own frames may be mapped there.
+        for frame in [GIC_DISTRIBUTOR, GIC_V2_CPU, GIC_REDISTRIBUTORS] {
+            assert!(is_whole(frame), "{frame:#x}");
+        }
     }
 
     #[test]

@@ -12,7 +12,8 @@ mod regs;
 use super::ArchError;
 use kvm_bindings::{
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS,
-    KVM_ARM_VCPU_PTRAUTH_GENERIC, kvm_vcpu_init,
+    KVM_ARM_VCPU_PTRAUTH_GENERIC, KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA,
+    KVM_ARM_VCPU_SVE, KVM_CAP_STEAL_TIME, kvm_device_attr, kvm_vcpu_init,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -93,9 +94,10 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
 /// CPU features that KVM offers to every vCPU.
 pub struct Features {
     init: kvm_vcpu_init,
+    has_stolen_time: bool,
 }
 
-/// Queries them from KVM. Guests have pointer authentication where the host has it, and neither a PMU nor SVE.
+/// Queries them from KVM. Guests have pointer authentication where the host has it, SVE on request (`add_sve`), and no PMU.
 ///
 /// # Errors
 /// If the host lacks a required feature.
@@ -108,7 +110,26 @@ pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
     if kvm.check_extension(Cap::ArmPtrAuthAddress) && kvm.check_extension(Cap::ArmPtrAuthGeneric) {
         init.features[0] |= 1 << KVM_ARM_VCPU_PTRAUTH_ADDRESS | 1 << KVM_ARM_VCPU_PTRAUTH_GENERIC;
     }
-    Ok(Features { init })
+    let has_stolen_time = kvm.check_extension_raw(KVM_CAP_STEAL_TIME.into()) > 0;
+    Ok(Features {
+        init,
+        has_stolen_time,
+    })
+}
+
+/// The bit of SVE among the features.
+const SVE: u32 = 1 << KVM_ARM_VCPU_SVE;
+
+/// Adds the host's Scalable Vector Extension, with all of its vector lengths.
+///
+/// # Errors
+/// [`ArchError::Unsupported`] if the host has none.
+pub(crate) fn add_sve(features: &mut Features, kvm: &Kvm) -> Result<(), ArchError> {
+    if !kvm.check_extension(Cap::ArmSve) {
+        return Err(ArchError::Unsupported("`sve` on a host without it"));
+    }
+    features.init.features[0] |= SVE;
+    Ok(())
 }
 
 /// Determines the CPU type of the vCPUs: that of the host.
@@ -138,7 +159,30 @@ pub fn prepare_vcpu(
         init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
     }
     vcpu.vcpu_init(&init)
-        .map_err(ArchError::kvm("set a vCPU's features"))
+        .map_err(ArchError::kvm("set a vCPU's features"))?;
+    if init.features[0] & SVE != 0 {
+        // From here on, its vector lengths are fixed; without this, the vCPU would not run.
+        vcpu.vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
+            .map_err(ArchError::kvm("give a vCPU scalable vectors"))?;
+    }
+    if features.has_stolen_time {
+        count_stolen_time(vcpu, index)?;
+    }
+    Ok(())
+}
+
+/// Makes KVM count the time in which the host runs others instead of this vCPU
+/// (Documentation/virt/kvm/devices/vcpu.rst). The guest asks for the place by a hypercall, which KVM answers.
+fn count_stolen_time(vcpu: &VcpuFd, index: u32) -> Result<(), ArchError> {
+    let address = layout::stolen_time(index);
+    let attribute = kvm_device_attr {
+        group: KVM_ARM_VCPU_PVTIME_CTRL,
+        attr: KVM_ARM_VCPU_PVTIME_IPA.into(),
+        addr: std::ptr::from_ref(&address) as u64,
+        flags: 0,
+    };
+    vcpu.set_device_attr(&attribute)
+        .map_err(ArchError::kvm("count a vCPU's stolen time"))
 }
 
 /// Creates the interrupt controller, which KVM initialises for the existing vCPUs; interrupts cannot be connected before.

@@ -55,6 +55,7 @@ mod tests {
             count: 2,
             online,
             pins: Vec::new(),
+            sve: false,
         };
         let slots = [0, 1].map(|index| layout::device_slot(index).unwrap());
         render(&BootInfo {

@@ -83,6 +83,14 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     Err("is neither an ELF vmlinux nor a bzImage".into())
 }
 
+/// Scalable vectors: always refused, since only aarch64 has them.
+///
+/// # Errors
+/// [`ArchError::Unsupported`].
+pub(crate) fn add_sve(_features: &mut Features, _kvm: &Kvm) -> Result<(), ArchError> {
+    Err(ArchError::Unsupported("`sve` on x86_64"))
+}
+
 /// Creates the interrupt controllers, and a PIT if KVM has no TSC-deadline timer; limits the host information visible to
 /// vCPUs.
 ///
