@@ -66,8 +66,10 @@ impl Kills {
             _ => String::new(),
         };
         // Other lines of the same output are ignored.
-        let kills = text.lines().filter_map(|l| serde_json::from_str(l).ok());
-        let own = kills.filter(|kill: &Value| kill["test"] == test && kill["seed"] == seed);
+        let kills = text
+            .lines()
+            .filter_map(|l| serde_json::from_str::<Value>(l).ok());
+        let own = kills.filter(|kill| kill["test"] == test && kill["seed"] == seed);
         let last = own.filter_map(|kill| kill["turn"].as_u64()).max();
         let turns = last.map_or(0, |last| last + 1)..number("KOYA_KILLS", 3);
         println!("{test}: turns {turns:?} with seed {seed}");
