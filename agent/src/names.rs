@@ -126,8 +126,12 @@ pub(crate) async fn serve(address: IpAddr, token: &str) -> Result<()> {
 }
 
 /// Sends a query to another name server over the guest's network; returns the answer.
-pub(crate) async fn ask(address: IpAddr, question: &[u8]) -> Result<Vec<u8>> {
+pub(crate) async fn ask(address: IpAddr, question: &[u8], over_tcp: bool) -> Result<Vec<u8>> {
     let server = SocketAddr::from((address, PORT));
+    if over_tcp {
+        let answer = timeout(SERVER_LIMIT, ask_over_tcp(server, question)).await;
+        return answer.with_context(|| format!("{server} does not answer"))?;
+    }
     let any: IpAddr = match address {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -139,6 +143,15 @@ pub(crate) async fn ask(address: IpAddr, question: &[u8]) -> Result<Vec<u8>> {
     let received = timeout(SERVER_LIMIT, socket.recv(&mut answer)).await;
     let len = received.with_context(|| format!("{server} does not answer"))??;
     answer.truncate(len);
+    Ok(answer)
+}
+
+async fn ask_over_tcp(server: SocketAddr, question: &[u8]) -> Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(server).await?;
+    stream.write_u16(u16::try_from(question.len())?).await?;
+    stream.write_all(question).await?;
+    let mut answer = vec![0; usize::from(stream.read_u16().await?)];
+    stream.read_exact(&mut answer).await?;
     Ok(answer)
 }
 

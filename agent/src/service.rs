@@ -280,7 +280,8 @@ impl Agent for Service {
         request: AskNameServerRequest,
     ) -> ttrpc::Result<NameServerAnswer> {
         self.ask(async move |_: State| {
-            let answer = names::ask(request.address.parse()?, &request.question).await?;
+            let address = request.address.parse()?;
+            let answer = names::ask(address, &request.question, request.over_tcp).await?;
             Ok(NameServerAnswer {
                 answer,
                 ..Default::default()

@@ -424,9 +424,9 @@ impl Container {
     /// that exist only on a host (CPU sets, host disks) are ignored.
     ///
     /// # Errors
-    /// If there are limits of RDMA devices, or the guest fails to.
+    /// If a limit is invalid or not supported, or the guest fails to.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
-        oci::check_rdma(resources)?;
+        oci::check_resources(resources)?;
         let mut resources = resources.clone();
         oci::retain_guest_limits(&mut resources);
         let text = serde_json::to_vec(&resources).map_err(Error::invalid_by(

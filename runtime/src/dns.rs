@@ -3,7 +3,7 @@
 //!
 //! The name server forwards queries that it cannot answer to others, from the same namespace, whose addresses belong to the
 //! guest: replies would go to the guest. So all IPv4 addresses are made local to the namespace, and queries to port 53 of
-//! any address are sent by the guest, over the container's network.
+//! any address, by datagram or connection, are sent by the guest, over the container's network.
 
 use crate::agent::{Agent, FORWARD_DNS};
 use crate::network::own_all_addresses;
@@ -19,7 +19,9 @@ use nix::sys::socket::{
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket,
+};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -31,6 +33,10 @@ const PORT: u16 = 53;
 const LIMIT: Duration = Duration::from_secs(10);
 /// Maximum number of pending queries. Further ones are dropped, and retried by the resolver.
 const QUESTIONS: usize = 64;
+/// Maximum number of connections for queries to other name servers. Further ones are closed.
+const CLIENTS: usize = 32;
+/// Pause after a failure of accept(2), whose cause may persist: no descriptor is left.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A guest may ask what has no answer, and answer wrongly, all the time.
 static UNANSWERED: Warnings = Warnings::new();
@@ -49,7 +55,7 @@ impl DnsForwarder {
     pub fn start(sandbox: &Sandbox, address: IpAddr) -> Result<Self, Error> {
         let (stream, agent) = sandbox.name_server(address)?;
         let started = || -> io::Result<Self> {
-            let others = others()?;
+            let others = Others::listen()?;
             let until = stream.try_clone()?;
             threads::spawn("koya-names", move || {
                 if let Err(error) = serve_others(&others, &until, &agent) {
@@ -86,12 +92,12 @@ fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) 
         let (id, len) = parse_header(header);
         let mut question = vec![0; len];
         from.read_exact(&mut question)?;
-        if asked.fetch_add(1, Ordering::Relaxed) >= QUESTIONS {
-            asked.fetch_sub(1, Ordering::Relaxed);
+        let Some(place) = Place::take(&asked, QUESTIONS) else {
             continue;
-        }
-        let (to, counted) = (to.clone(), asked.clone());
+        };
+        let to = to.clone();
         let spawned = threads::spawn("koya-name", move || {
+            let _place = place;
             let answered = ask(server, &question, id & OVER_TCP != 0).and_then(|answer| {
                 let framed = frame(id, &answer).ok_or(io::ErrorKind::InvalidData)?;
                 let mut to = lock(&to);
@@ -102,62 +108,150 @@ fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) 
             if let Err(error) = answered {
                 UNANSWERED.debug(format_args!("the guest's name server: {error}"));
             }
-            counted.fetch_sub(1, Ordering::Relaxed);
         });
         if let Err(error) = spawned {
             UNANSWERED.debug(format_args!("the guest's name server: {error}"));
-            asked.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
 
-/// Socket for queries to other name servers, each with its destination.
-fn others() -> io::Result<UdpSocket> {
-    own_all_addresses()?;
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
-    setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
+/// One of a limited number of threads. Dropping it makes room for another.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        let is_free = taken.fetch_add(1, Ordering::Relaxed) < limit;
+        let place = Self(taken.clone());
+        is_free.then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Sockets for queries to other name servers.
+struct Others {
+    datagrams: Arc<UdpSocket>,
+    connections: TcpListener,
+}
+
+impl Others {
+    /// Listens at all addresses, which become the namespace's own.
+    fn listen() -> io::Result<Self> {
+        own_all_addresses()?;
+        let datagrams = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+        setsockopt(&datagrams, sockopt::Ipv4PacketInfo, &true)?;
+        datagrams.set_nonblocking(true)?;
+        let connections = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+        connections.set_nonblocking(true)?;
+        Ok(Self {
+            datagrams: Arc::new(datagrams),
+            connections,
+        })
+    }
 }
 
 /// Forwards queries to other name servers until the stream ends.
-fn serve_others(others: &UdpSocket, until: &UnixStream, agent: &Agent) -> io::Result<()> {
-    let asked = Arc::new(AtomicUsize::new(0));
+fn serve_others(others: &Others, until: &UnixStream, agent: &Agent) -> io::Result<()> {
+    let (asked, clients) = (Arc::default(), Arc::default());
     loop {
         let mut polled = [
-            PollFd::new(others, PollFlags::IN),
+            PollFd::new(&*others.datagrams, PollFlags::IN),
+            PollFd::new(&others.connections, PollFlags::IN),
             PollFd::new(until, PollFlags::empty()),
         ];
         match poll(&mut polled, None) {
             Err(Errno::INTR) => continue,
             ready => ready?,
         };
-        if !polled[1].revents().is_empty() {
+        let [has_datagram, has_client, has_ended] = polled.map(|one| !one.revents().is_empty());
+        if has_ended {
             return Ok(());
         }
-        let Some(question) = receive(others) else {
-            continue;
-        };
-        let (others, agent, counted) = (others.try_clone()?, agent.clone(), asked.clone());
-        if asked.fetch_add(1, Ordering::Relaxed) >= QUESTIONS {
-            asked.fetch_sub(1, Ordering::Relaxed);
-            continue;
+        if has_datagram && let Some(question) = receive(&others.datagrams) {
+            forward(question, &others.datagrams, agent, &asked);
         }
-        let spawned = threads::spawn("koya-name", move || {
-            let message = question.message.clone();
-            let answer = agent.ask_name_server(question.server.into(), message);
-            let answer = answer.unwrap_or_else(|error| {
-                UNANSWERED.debug(format_args!("{}: {error}", question.server));
-                failure(&question.message)
-            });
-            question.answer(&others, &answer);
-            counted.fetch_sub(1, Ordering::Relaxed);
-        });
-        if let Err(error) = spawned {
-            log::debug!("other name servers: {error}");
-            asked.fetch_sub(1, Ordering::Relaxed);
+        if has_client {
+            match others.connections.accept() {
+                Ok((client, _)) => accept(client, agent, &clients),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    UNANSWERED.debug(format_args!("other name servers: {error}"));
+                    std::thread::sleep(PAUSE);
+                }
+            }
         }
     }
+}
+
+/// Asks another name server for a client that sent a datagram.
+fn forward(question: Question, to: &Arc<UdpSocket>, agent: &Agent, asked: &Arc<AtomicUsize>) {
+    let Some(place) = Place::take(asked, QUESTIONS) else {
+        return;
+    };
+    let (to, agent) = (to.clone(), agent.clone());
+    let spawned = threads::spawn("koya-name", move || {
+        let _place = place;
+        let message = question.message.clone();
+        let answer = ask_by_guest(&agent, question.server.into(), message, false);
+        question.answer(&to, &answer);
+    });
+    if let Err(error) = spawned {
+        UNANSWERED.debug(format_args!("other name servers: {error}"));
+    }
+}
+
+/// Serves a client that has connected to another name server.
+fn accept(client: TcpStream, agent: &Agent, clients: &Arc<AtomicUsize>) {
+    let Some(place) = Place::take(clients, CLIENTS) else {
+        return;
+    };
+    let agent = agent.clone();
+    let spawned = threads::spawn("koya-name", move || {
+        let _place = place;
+        let ask = |server, question| ask_by_guest(&agent, server, question, true);
+        // It ends when the client hangs up; an error ends only this client.
+        serve_client(client, ask).ok();
+    });
+    if let Err(error) = spawned {
+        UNANSWERED.debug(format_args!("other name servers: {error}"));
+    }
+}
+
+fn ask_by_guest(agent: &Agent, server: IpAddr, question: Vec<u8>, over_tcp: bool) -> Vec<u8> {
+    let answer = agent.ask_name_server(server, question.clone(), over_tcp);
+    answer.unwrap_or_else(|error| {
+        UNANSWERED.debug(format_args!("{server}: {error}"));
+        failure(&question)
+    })
+}
+
+/// Replies to the queries of a client, one after the other, as the server that it has connected to.
+fn serve_client(mut client: TcpStream, ask: impl Fn(IpAddr, Vec<u8>) -> Vec<u8>) -> io::Result<()> {
+    client.set_read_timeout(Some(LIMIT))?;
+    client.set_write_timeout(Some(LIMIT))?;
+    let server = client.local_addr()?.ip();
+    loop {
+        let question = read_message(&mut client)?;
+        write_message(&mut client, &ask(server, question))?;
+    }
+}
+
+/// Reads a message with its length (RFC 1035, section 4.2.2).
+fn read_message(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut len = [0; 2];
+    stream.read_exact(&mut len)?;
+    let mut message = vec![0; usize::from(u16::from_be_bytes(len))];
+    stream.read_exact(&mut message)?;
+    Ok(message)
+}
+
+fn write_message(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> {
+    let len = u16::try_from(message.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    stream.write_all(&[&len.to_be_bytes(), message].concat())
 }
 
 /// A query to another name server.
@@ -228,13 +322,8 @@ fn ask(server: SocketAddr, question: &[u8], over_tcp: bool) -> io::Result<Vec<u8
         let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
         stream.set_read_timeout(Some(LIMIT))?;
         stream.set_write_timeout(Some(LIMIT))?;
-        let len = u16::try_from(question.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        stream.write_all(&[&len.to_be_bytes(), question].concat())?;
-        let mut len = [0; 2];
-        stream.read_exact(&mut len)?;
-        let mut answer = vec![0; usize::from(u16::from_be_bytes(len))];
-        stream.read_exact(&mut answer)?;
-        return Ok(answer);
+        write_message(&mut stream, question)?;
+        return read_message(&mut stream);
     }
     let own: IpAddr = match server {
         SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
@@ -253,7 +342,6 @@ fn ask(server: SocketAddr, question: &[u8], over_tcp: bool) -> io::Result<Vec<u8
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
 
     /// A server that replies with the query in capitals, by datagram or connection.
     fn server() -> SocketAddr {
@@ -331,6 +419,46 @@ mod tests {
     }
 
     #[test]
+    fn no_more_threads_are_started_than_allowed() {
+        let taken = Arc::default();
+        let places: Vec<_> = std::iter::from_fn(|| Place::take(&taken, 3)).collect();
+        assert_eq!(places.len(), 3);
+        assert!(Place::take(&taken, 3).is_none());
+        drop(places);
+        assert!(Place::take(&taken, 1).is_some());
+    }
+
+    /// Sends two queries over a connection, whose server is the address that was connected to.
+    fn answer_one(mut client: TcpStream, connections: &TcpListener) {
+        let mut polled = [PollFd::new(connections, PollFlags::IN)];
+        poll(&mut polled, Some(&LIMIT.try_into().unwrap())).unwrap();
+        let (accepted, _) = connections.accept().unwrap();
+        client.set_read_timeout(Some(LIMIT)).unwrap();
+        let server = client.peer_addr().unwrap().ip();
+        std::thread::scope(|scope| {
+            let served = scope.spawn(move || {
+                serve_client(accepted, |asked, question| {
+                    assert_eq!(asked, server);
+                    question.repeat(10_000)
+                })
+            });
+            for _ in 0..2 {
+                write_message(&mut client, b"long").unwrap();
+                assert_eq!(read_message(&mut client).unwrap().len(), 40_000);
+            }
+            drop(client);
+            assert!(served.join().unwrap().is_err(), "it ends with its client");
+        });
+    }
+
+    #[test]
+    fn a_client_is_answered_over_its_connection() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap());
+        answer_one(client.unwrap(), &listener);
+    }
+
+    #[test]
     fn a_namespace_receives_queries_to_other_name_servers() {
         if !rustix::process::geteuid().is_root() {
             return;
@@ -339,7 +467,12 @@ mod tests {
         let answers = std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             crate::network::test_namespace::set_up(Ipv4Addr::new(192, 0, 2, 3), 24).unwrap();
-            let others = others().unwrap();
+            let Others {
+                datagrams: others,
+                connections,
+            } = Others::listen().unwrap();
+            let client = TcpStream::connect(("198.51.100.2", PORT));
+            answer_one(client.unwrap(), &connections);
             // On the network of the interface, and elsewhere.
             ["192.0.2.1", "198.51.100.1"].map(|server| {
                 let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();

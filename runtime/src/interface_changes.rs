@@ -6,7 +6,7 @@
 //! attention. A new interface takes a hot-plug slot, like a disk.
 
 use crate::Error;
-use crate::network::{GuestInterface, NetworkConfig, Routing, Slot, index_of, restore};
+use crate::network::{GuestInterface, NetworkConfig, Routing, Slot, disconnect, index_of, restore};
 use crate::sandbox::{Inner, Sandbox};
 use crate::sync::lock;
 use koya_vmm::host::threads;
@@ -14,7 +14,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -216,6 +216,7 @@ impl Follower {
                 Ok(network) => all.push(GuestInterface {
                     index,
                     network,
+                    tap: String::new(),
                     slot: None,
                 }),
                 // It has vanished meanwhile, which is reported.
@@ -230,6 +231,25 @@ impl Follower {
 /// while a container runs, but may be seen between two steps of theirs.
 fn is_same(one: &GuestInterface, other: &GuestInterface) -> bool {
     one.index == other.index && one.network == other.network
+}
+
+/// Whether a sysctl is one of this interface: `net.ipv4.conf.eth0.forwarding`. The first `.` or `/` is the separator, and the
+/// other one part of a name (sysctl.d(5)).
+fn is_sysctl_of(name: &str, interface: &str) -> bool {
+    let is_dotted = name
+        .find(['.', '/'])
+        .is_some_and(|at| name[at..].starts_with('.'));
+    let parts = name.split(if is_dotted { '.' } else { '/' });
+    let parts: Vec<_> = match is_dotted {
+        true => parts.map(|part| part.replace('/', ".")).collect(),
+        false => parts.map(str::to_owned).collect(),
+    };
+    match parts.as_slice() {
+        [net, _, kind, of, ..] => {
+            net == "net" && ["conf", "neigh"].contains(&kind.as_str()) && of == interface
+        }
+        _ => false,
+    }
 }
 
 impl Inner {
@@ -277,8 +297,12 @@ impl Inner {
             match self.attach_network(new) {
                 Ok(attached) => {
                     log::info!("the guest gets the interface {}", new.network.name);
-                    all.push(attached);
-                    self.set_guest_interfaces(&all);
+                    all.push(attached.clone());
+                    if !self.set_guest_interfaces(&all) {
+                        // The sandbox is being stopped, and has given back those that it had by then.
+                        restore(None, vec![attached]);
+                        return Ok(());
+                    }
                 }
                 Err(error) => note(Err(error)),
             }
@@ -287,9 +311,14 @@ impl Inner {
         result
     }
 
-    fn set_guest_interfaces(&self, interfaces: &[GuestInterface]) {
-        if let Some(takeover) = &mut *lock(&self.takeover) {
-            takeover.interfaces = interfaces.to_vec();
+    /// Records the interfaces that are given back at the end. False after the end of the takeover.
+    fn set_guest_interfaces(&self, interfaces: &[GuestInterface]) -> bool {
+        match &mut *lock(&self.takeover) {
+            Some(takeover) => {
+                takeover.interfaces = interfaces.to_vec();
+                true
+            }
+            None => false,
         }
     }
 
@@ -297,12 +326,15 @@ impl Inner {
         let network = &wanted.network;
         let attached = self.handle.attach_network(&network.device)?;
         let (slot, mmio_slot) = (attached.slot, attached.mmio_slot);
+        let tap = attached.network.tap_name().to_owned();
         let attached = network
-            .connect(attached.network.tap_name())
+            .connect(&tap)
             .and_then(|()| self.agent.attach_network(mmio_slot))
-            .and_then(|()| self.agent.update_interface(network.interface()));
+            .and_then(|()| self.agent.update_interface(network.interface()))
+            .and_then(|()| self.set_sysctls_of(&network.name));
         let interface = GuestInterface {
             slot: Some(Slot { slot, mmio_slot }),
+            tap,
             ..wanted.clone()
         };
         match attached {
@@ -314,16 +346,28 @@ impl Inner {
         }
     }
 
+    /// Sets the sysctls of an interface, which the guest kernel has just made.
+    fn set_sysctls_of(&self, interface: &str) -> Result<(), Error> {
+        let own = self.sysctls.iter();
+        let own = own.filter(|(name, _)| is_sysctl_of(name, interface));
+        let own: BTreeMap<_, _> = own.map(|(k, v)| (k.clone(), v.clone())).collect();
+        match own.is_empty() {
+            true => Ok(()),
+            false => self.agent.set_sysctls(&own),
+        }
+    }
+
     /// A device that the guest does not release loses its tap nevertheless. One that it was started with has no hot-plug slot,
-    /// and remains without an interface.
+    /// and remains without an interface, with a tap that leads nowhere.
     fn detach_network(&self, interface: &GuestInterface) -> Result<(), Error> {
         let mmio_slot = interface.slot.map(|slot| slot.mmio_slot);
         let own = interface.network.interface();
         let released = self.agent.detach_network(own, mmio_slot);
         // An interface whose properties have changed still exists.
         restore(None, vec![interface.clone()]);
-        if let Some(Slot { slot, .. }) = interface.slot {
-            self.handle.detach_network(slot, released.is_ok())?;
+        match interface.slot {
+            Some(Slot { slot, .. }) => self.handle.detach_network(slot, released.is_ok())?,
+            None => disconnect(&interface.tap)?,
         }
         released.map_err(|error| self.explain(error))
     }
@@ -350,7 +394,57 @@ impl Inner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::{HostEnd, test_namespace};
     use std::io::Write as _;
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn sysctls_of_an_interface_are_known_in_both_forms() {
+        for own in [
+            "net.ipv4.conf.eth1.rp_filter",
+            "net/ipv6/neigh/eth1/gc_stale_time",
+        ] {
+            assert!(
+                is_sysctl_of(own, "eth1") && !is_sysctl_of(own, "eth0"),
+                "{own}"
+            );
+        }
+        assert!(is_sysctl_of("net.ipv4.conf.eth0/7.forwarding", "eth0.7"));
+        assert!(is_sysctl_of("net/ipv4/conf/eth0.7/forwarding", "eth0.7"));
+        for other in [
+            "net.core.somaxconn",
+            "net.ipv4.conf.all.rp_filter",
+            "eth1",
+            "",
+        ] {
+            assert!(!is_sysctl_of(other, "eth1"), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_tap_that_remains_leads_nowhere() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        // A thread, for a network namespace that ends with it.
+        let work = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            test_namespace::set_up(Ipv4Addr::new(192, 0, 2, 3), 24).unwrap();
+            let interface = "eth0".to_owned();
+            let network = NetworkConfig::new(HostEnd::Join { interface });
+            let network = network.resolve().unwrap();
+            // In the place of a tap. Kernels without such filters exist.
+            if network.connect("peer").is_err() {
+                return;
+            }
+            assert!(test_namespace::has_ingress("peer").unwrap());
+            disconnect("peer").unwrap();
+            assert!(!test_namespace::has_ingress("peer").unwrap());
+            disconnect("peer").unwrap();
+            assert!(disconnect("none").is_err());
+        };
+        std::thread::spawn(work).join().unwrap();
+    }
 
     #[test]
     fn changes_are_looked_at_in_a_quiet_moment() {

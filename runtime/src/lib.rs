@@ -29,6 +29,7 @@ pub mod block_volume;
 mod checks;
 mod clock;
 mod config;
+pub mod confinement;
 mod console;
 mod container;
 mod container_config;
@@ -58,6 +59,7 @@ mod sandbox;
 mod seccomp;
 pub mod settings;
 mod size;
+mod small_file;
 mod stats;
 mod streams;
 mod sync;
@@ -95,7 +97,7 @@ pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
 pub use notifications::Notifications;
 pub use oci::{
     Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration,
-    known_capabilities,
+    check_resources, known_capabilities,
 };
 pub use oci_spec;
 pub use patience::DiskWrites;
@@ -103,6 +105,7 @@ pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;
 pub use size::Size;
+pub use small_file::read_small_file;
 pub use stats::{ContainerStats, CpuStats, DeviceIo, HugePageUse};
 pub use timeline::{Step, Timeline, TimelineFile};
 pub use units::parse_size;

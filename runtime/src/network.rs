@@ -21,7 +21,7 @@ use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::packet_route::rule::RuleAction;
-use rtnetlink::packet_route::tc::TcMessage;
+use rtnetlink::packet_route::tc::{TcHandle, TcMessage};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::fs::File;
 use std::io;
@@ -225,6 +225,8 @@ pub(crate) struct GuestInterface {
     pub(crate) index: u32,
     /// With the interface's properties.
     pub(crate) network: NetworkConfig,
+    /// The tap of the guest's device; empty if it has none yet.
+    pub(crate) tap: String,
     /// The device, if it is in a hot-plug slot.
     pub(crate) slot: Option<Slot>,
 }
@@ -251,13 +253,17 @@ pub(crate) struct Takeover {
 }
 
 impl Takeover {
-    /// The interfaces of these networks, in the calling thread's network namespace.
-    pub(crate) fn of(networks: &[NetworkConfig], routing: Routing) -> Result<Self, Error> {
-        let takeover = networks.iter().filter_map(|network| {
+    /// The interfaces of these networks, each with its tap, in the calling thread's network namespace.
+    pub(crate) fn of<'a>(
+        networks: impl Iterator<Item = (&'a NetworkConfig, &'a str)>,
+        routing: Routing,
+    ) -> Result<Self, Error> {
+        let takeover = networks.filter_map(|(network, tap)| {
             let index = index_of(network.takeover()?);
             Some(index.map(|index| GuestInterface {
                 index,
                 network: network.clone(),
+                tap: tap.to_owned(),
                 slot: None,
             }))
         });
@@ -299,6 +305,25 @@ pub(crate) fn restore(namespace: Option<&File>, interfaces: Vec<GuestInterface>)
     if let Err(error) = restored {
         log::debug!("interfaces keep their redirections: {error}");
     }
+}
+
+/// Disconnects a tap of the calling thread's network namespace, which remains: frames of the guest lead nowhere. Its verdicts,
+/// which are for the guest's addresses, go with the redirection.
+pub(crate) fn disconnect(tap: &str) -> Result<(), Error> {
+    let name = tap.to_owned();
+    let work = with_kernel(|handle| {
+        Box::pin(async move {
+            let index = link(&handle, &name).await?.header.index;
+            let mut removal = handle.qdisc().del(index as i32);
+            removal.message_mut().header.parent = TcHandle::INGRESS;
+            match removal.execute().await.map_err(other) {
+                // It has none.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+                result => result,
+            }
+        })
+    });
+    work.map_err(Error::host(format!("disconnect the tap {tap}")))
 }
 
 /// Runs `work` with an rtnetlink(7) connection to the kernel on a separate thread, because the caller may be in an

@@ -21,6 +21,7 @@ use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
 use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
+use koya_vmm::devices::net::NetHandle;
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::guest_text::{self, Warnings};
 use koya_vmm::host::{threads, walls::confine_new_threads};
@@ -99,6 +100,8 @@ pub(crate) struct Inner {
     _connection: Connection,
     /// Given back when the sandbox stops.
     pub(crate) takeover: Mutex<Option<Takeover>>,
+    /// Those that were requested.
+    pub(crate) sysctls: std::collections::BTreeMap<String, String>,
     pub(crate) timeline: Arc<Recorder>,
     /// Disks shared by containers, by path and mode.
     disks: RefCountedMap<(PathBuf, bool), Disk>,
@@ -206,9 +209,11 @@ impl Sandbox {
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
         timeline.set_boot_events(vm.handle().boot_events());
         let running = timeline.next(Lane::Kernel, "kernel");
-        let takeover = Takeover::of(&networks, routing.clone())?;
-        for (network, device) in networks.iter().zip(vm.handle().networks()) {
-            network.connect(device.tap_name())?;
+        let handle = vm.handle();
+        let taps = handle.networks().iter().map(NetHandle::tap_name);
+        let takeover = Takeover::of(networks.iter().zip(taps.clone()), routing.clone())?;
+        for (network, tap) in networks.iter().zip(taps) {
+            network.connect(tap)?;
         }
         let (vm, stream) = wait_for_agent(vm, &control, &console)?;
         let connected = timeline.next(Lane::Host, "settings");
@@ -217,7 +222,6 @@ impl Sandbox {
         let (agent, connection) =
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
         spawn_event_forwarder(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
-        let handle = vm.handle();
         let disks = {
             let handle = handle.clone();
             move || all_disks(&handle)
@@ -240,6 +244,7 @@ impl Sandbox {
                 handle: vm.handle(),
                 _connection: connection,
                 takeover: Mutex::new(Some(takeover)),
+                sysctls: config.asked_sysctls(),
                 timeline,
                 disks: RefCountedMap::default(),
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
@@ -255,9 +260,8 @@ impl Sandbox {
         timeline.record_agent_times(running, connected, &told);
         sandbox.set_up_networks(&networks, &routing)?;
         // The kernel has set them at boot, for defaults of interfaces; what belongs to an interface exists only now.
-        let sysctls = config.asked_sysctls();
-        if !sysctls.is_empty() {
-            sandbox.inner.agent.set_sysctls(&sysctls)?;
+        if !sandbox.inner.sysctls.is_empty() {
+            sandbox.inner.agent.set_sysctls(&sandbox.inner.sysctls)?;
         }
         timeline.finish();
         log::info!("the agent was ready after {:.2?}", sandbox.boot_duration);

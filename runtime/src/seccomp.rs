@@ -5,6 +5,8 @@ use crate::Error;
 use crate::json::or_null;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 
 /// Maximum size of a profile in bytes; Docker's has some 15 KiB.
@@ -99,11 +101,14 @@ impl Profile {
         let wrong =
             |why: String| Error::invalid("seccomp profile", format!("{}: {why}", path.display()));
         let by = || Error::invalid_by("seccomp profile", path.display().to_string());
-        let size = path.metadata().map_err(by())?.len();
-        if size > MAX_PROFILE {
-            return Err(wrong(format!("{size} bytes, at most {MAX_PROFILE}")));
+        // Not by its size: it may be a pipe of a shell, or a device without an end.
+        let mut text = Vec::new();
+        let file = File::open(path).map_err(by())?;
+        let read = file.take(MAX_PROFILE + 1).read_to_end(&mut text);
+        read.map_err(by())?;
+        if text.len() as u64 > MAX_PROFILE {
+            return Err(wrong(format!("it has more than {MAX_PROFILE} bytes")));
         }
-        let text = std::fs::read(path).map_err(by())?;
         Self::parse(&text).map_err(wrong)
     }
 

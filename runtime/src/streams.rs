@@ -21,8 +21,12 @@ const STREAM_LIMIT: Duration = Duration::from_secs(30);
 const TOKEN_LIMIT: Duration = Duration::from_secs(10);
 /// Maximum number of connections without a token; beyond that the oldest is closed.
 const MAX_PENDING: usize = 256;
-/// Interval at which new connections are looked for while connections without a token are pending.
+/// Interval at which new connections are looked for after one without a token has arrived.
 const LOOK: Duration = Duration::from_millis(2);
+/// Number of such intervals without an arrival after which pending connections are looked at less and less often.
+const PROMPT: u32 = 8;
+/// Number of doublings of the interval: at least every 64 ms.
+const DOUBLINGS: u32 = 5;
 /// Maximum number of connections accepted before the pending ones are served.
 const BATCH: usize = 64;
 
@@ -123,66 +127,101 @@ impl Pending {
                 return Look::Token(String::from_utf8_lossy(&self.token).into_owned());
             }
         }
-        match self.since.elapsed() < TOKEN_LIMIT {
-            true => Look::Waits,
-            false => Look::Over,
-        }
+        Look::Waits
     }
 }
 
 /// Assigns connections to expected streams until none are expected any more. Connections that send nothing do not delay
-/// others: a guest may make any number of them.
+/// others, and cost little: a guest may make any number of them.
 fn serve(
     accept: impl Fn(Duration) -> io::Result<UnixStream>,
     expected: &Weak<Mutex<HashMap<String, SyncSender<UnixStream>>>>,
 ) {
     let mut pending: VecDeque<Pending> = VecDeque::new();
+    // Turns since a connection or a part of a token has arrived.
+    let mut quiet = 0;
     loop {
+        // A new connection ends the wait.
         let mut limit = match pending.is_empty() {
             true => Duration::from_millis(500),
-            false => Duration::ZERO,
+            false => wait_before(quiet),
         };
+        let mut has_new = false;
         for _ in 0..BATCH {
             match accept(std::mem::take(&mut limit)) {
-                Ok(stream) => pending.extend(Pending::new(stream)),
+                Ok(stream) => {
+                    pending.extend(Pending::new(stream));
+                    has_new = true;
+                }
                 Err(e) if e.kind() == io::ErrorKind::TimedOut => break,
                 Err(_) => return,
             }
         }
+        // A token follows its connection at once.
+        let limit = match has_new || quiet < PROMPT {
+            true => LOOK,
+            false => Duration::ZERO,
+        };
+        let ready = find_ready(&pending, limit);
+        quiet = match has_new || ready.contains(&true) {
+            true => 0,
+            false => quiet.saturating_add(1),
+        };
         let Some(waiting) = expected.upgrade() else {
             return;
         };
+        let now = Instant::now();
         // Before any is closed: connections whose token has arrived by now are not affected.
         pending = pending
             .into_iter()
-            .filter_map(|mut one| match one.look() {
-                Look::Waits => Some(one),
-                Look::Over => None,
-                Look::Token(token) => {
-                    hand_over(one.stream, &token, &waiting);
-                    None
+            .zip(ready)
+            .filter_map(|(mut one, is_ready)| {
+                let state = match is_ready {
+                    true => one.look(),
+                    false => Look::Waits,
+                };
+                match state {
+                    Look::Waits => (now.duration_since(one.since) < TOKEN_LIMIT).then_some(one),
+                    Look::Over => None,
+                    Look::Token(token) => {
+                        hand_over(one.stream, &token, &waiting);
+                        None
+                    }
                 }
             })
             .collect();
         drop(waiting);
         let surplus = pending.len().saturating_sub(MAX_PENDING);
         pending.drain(..surplus);
-        wait_readable(&pending);
     }
 }
 
-/// Waits briefly until one of them is readable; not at all if there is none.
-fn wait_readable(pending: &VecDeque<Pending>) {
+/// Time to wait for a new connection before the pending ones are looked at, after a number of quiet turns.
+fn wait_before(quiet: u32) -> Duration {
+    match quiet.checked_sub(PROMPT) {
+        Some(turns) => LOOK * (1 << turns.min(DOUBLINGS)),
+        None => Duration::ZERO,
+    }
+}
+
+/// Whether each of them is readable, or closed; waits up to `limit` until one is.
+fn find_ready(pending: &VecDeque<Pending>, limit: Duration) -> Vec<bool> {
     let streams = pending.iter().map(|one| &one.stream);
     let mut polled: Vec<_> = streams
         .map(|stream| PollFd::new(stream, PollFlags::IN))
         .collect();
-    if !polled.is_empty() {
-        let limit = rustix::event::Timespec {
-            tv_sec: 0,
-            tv_nsec: LOOK.as_nanos() as i64,
-        };
-        poll(&mut polled, Some(&limit)).ok();
+    let limit = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: limit.as_nanos() as i64,
+    };
+    let found = match polled.is_empty() {
+        true => Ok(0),
+        false => poll(&mut polled, Some(&limit)),
+    };
+    let is_ready = |one: &PollFd<'_>| !one.revents().is_empty();
+    match found {
+        Ok(1..) => polled.iter().map(is_ready).collect(),
+        _ => vec![false; pending.len()],
     }
 }
 
@@ -261,6 +300,44 @@ mod tests {
             .set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();
         assert_eq!(again.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn idle_connections_are_looked_at_less_and_less_often() {
+        assert_eq!(wait_before(0), Duration::ZERO);
+        assert_eq!(wait_before(PROMPT), LOOK);
+        assert_eq!(wait_before(u32::MAX), LOOK * 32);
+        let waiting = Waiting::default();
+        let (ours, theirs): (Vec<_>, VecDeque<_>) = (0..MAX_PENDING)
+            .map(|_| UnixStream::pair().unwrap())
+            .unzip();
+        let (connections, turns) = (Mutex::new(theirs), Mutex::new(0));
+        let began = Instant::now();
+        let accept = |limit| match lock(&connections).pop_front() {
+            Some(stream) => Ok(stream),
+            None if began.elapsed() > Duration::from_secs(1) => {
+                Err(io::ErrorKind::NotConnected.into())
+            }
+            None => {
+                *lock(&turns) += 1;
+                std::thread::sleep(limit);
+                Err(io::ErrorKind::TimedOut.into())
+            }
+        };
+        serve(accept, &Arc::downgrade(&waiting));
+        let turns = *lock(&turns);
+        assert!(turns < 100, "{turns} turns in a second");
+        drop(ours);
+    }
+
+    #[test]
+    fn a_token_that_comes_late_counts() {
+        let (streams, guest) = streams();
+        let expected = streams.expect().unwrap();
+        let mut own = connect(&guest);
+        std::thread::sleep(Duration::from_millis(300));
+        own.write_all(expected.token.as_bytes()).unwrap();
+        expected.take().unwrap();
     }
 
     #[test]

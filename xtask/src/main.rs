@@ -25,6 +25,7 @@ mod rig;
 mod runc_tests;
 mod setup;
 mod suite;
+mod unsafe_blocks;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -70,6 +71,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Check formatting, dependencies, clippy (also for aarch64), documentation and packages
     Lint,
+    /// Count unsafe blocks by directory; fail if there are others than docs/security.md records
+    Unsafe,
 }
 
 fn main() -> ExitCode {
@@ -88,6 +91,12 @@ fn main() -> ExitCode {
         Command::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Command::Bench(args) => bench::run(&args).map(|()| 0),
         Command::Lint => lint::run().map(|()| 0),
+        Command::Unsafe => unsafe_blocks::check(&proc::checkout())
+            .map(|table| {
+                print!("{table}");
+                0
+            })
+            .map_err(anyhow::Error::msg),
     };
     match outcome {
         Ok(code) => ExitCode::from(code),

@@ -18,13 +18,18 @@ fn parse(routes: &[Vec<u8>]) -> Result<Vec<RouteMessage>> {
     routes.collect()
 }
 
-/// Removes routes, then adds routes and rules in order.
+fn parse_rules(rules: &[Vec<u8>]) -> Result<Vec<RuleMessage>> {
+    let rules = rules.iter();
+    let rules = rules.map(|bytes| RuleMessage::parse(bytes).context("not a rule"));
+    rules.collect()
+}
+
+/// Removes routes and rules, then adds routes and rules in order.
 pub(crate) async fn update(request: &UpdateRoutesRequest) -> Result<()> {
     let removed = parse(&request.removed_routes)?;
     let routes = parse(&request.routes)?;
-    let rules = request.rules.iter();
-    let rules = rules.map(|bytes| RuleMessage::parse(bytes).context("not a rule"));
-    let rules = rules.collect::<Result<Vec<_>>>()?;
+    let removed_rules = parse_rules(&request.removed_rules)?;
+    let rules = parse_rules(&request.rules)?;
     with_kernel(async |handle| {
         let mut indices = Vec::new();
         for name in &request.interfaces {
@@ -38,6 +43,15 @@ pub(crate) async fn update(request: &UpdateRoutesRequest) -> Result<()> {
                 Err(rtnetlink::Error::NetlinkError(error))
                     if error.to_io().raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {}
                 deleted => deleted.with_context(|| format!("cannot remove the route {what}"))?,
+            }
+        }
+        for rule in removed_rules {
+            let what = format!("{rule:?}");
+            match handle.rule().del(rule).execute().await {
+                // There is none.
+                Err(rtnetlink::Error::NetlinkError(error))
+                    if error.to_io().kind() == ErrorKind::NotFound => {}
+                deleted => deleted.with_context(|| format!("cannot remove the rule {what}"))?,
             }
         }
         for mut route in routes {

@@ -2,11 +2,13 @@
 //!
 //! `boot` measures, and starts itself again as `boot once`, the measured process: one sandbox, from exec to the end of its
 //! first container. For comparison, complete runs of `koya run`, `runc run` and `crun run` with one root file system.
-//! Virtual time and executed instructions are listed separately: a wait advances only the former.
+//! Virtual time and executed instructions are listed separately: a wait advances only the former. With `boot unconfined`,
+//! also runs of `koya run --no-seccomp`: the difference is the cost of confining threads.
 
 use koya::{ContainerConfig, Sandbox, SandboxConfig};
+use koya_benches::cost::calls_of;
 use koya_benches::counts::{self, cpu_us, now_ns};
-use koya_benches::{print_marked, row};
+use koya_benches::{median, print_marked, row};
 use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Value, json};
 use std::error::Error;
@@ -50,6 +52,8 @@ const LOGGER: &str = "/dev/ttyS1";
 const PICTURE: &str = "picture: ";
 /// The name of its container.
 const RUN: &str = "hello";
+/// Goals: how much confined threads may add to a run, as a factor and in millions of instructions.
+const CONFINEMENT: (f64, f64) = (1.05, 2.0);
 
 fn main() -> Result<()> {
     // Like koya.
@@ -58,7 +62,8 @@ fn main() -> Result<()> {
         Some(ONCE) => once(),
         Some("trace") => trace(),
         Some("profile") => profile(),
-        None => measure(),
+        None => measure(false),
+        Some("unconfined") => measure(true),
         Some(other) => Err(format!("{other:?}: say nothing").into()),
     }
 }
@@ -226,7 +231,7 @@ fn cost_of(command: &mut Command) -> Result<(f64, f64, String)> {
     Ok((took as f64 / 1e6, cpu as f64 / 1e3, said))
 }
 
-fn measure() -> Result<()> {
+fn measure(with_unconfined: bool) -> Result<()> {
     let mut rows = Vec::new();
     let own = std::env::current_exe()?;
     for run in 0..RUNS {
@@ -281,9 +286,57 @@ fn measure() -> Result<()> {
     rows.push(row(name, "M instr", true, own.1, peers(|cost| cost.1)));
     let name = "run of a container, exec to exit: virtual time";
     rows.push(row(name, "ms", true, own.0, peers(|cost| cost.0)));
+    if with_unconfined {
+        rows.extend(confinement()?);
+    }
     let (_, _, picture) = cost_of(Command::new("koya").args(["timeline", RUN, "--svg", "-"]))?;
     println!("{PICTURE}{}", serde_json::to_string(&picture)?);
     Ok(print_marked(&rows)?)
+}
+
+/// The same run with confined threads and without: instructions, and system calls of all threads.
+fn confinement() -> Result<Vec<Value>> {
+    let log = std::env::temp_dir().join("calls");
+    let cost = |more: &[&str]| -> Result<(f64, f64)> {
+        let command = || {
+            let mut command = Command::new("koya");
+            command.args(["run", "--name", "confined"]).args(more);
+            command.args(["--rootfs", ROOTFS, "--", "/bin/echo", "hello"]);
+            command
+        };
+        let (mut executed, mut calls) = (0.0, Vec::new());
+        for _ in 0..RUNS {
+            executed = cost_of(&mut command())?.1;
+        }
+        for _ in 0..RUNS {
+            calls.push(f64::from(calls_of(&command(), &log)?.all));
+        }
+        Ok((executed, median(&calls)))
+    };
+    let (with, without) = (cost(&[])?, cost(&["--no-seccomp"])?);
+    let peer = |value: f64| [("without".to_owned(), value)];
+    let goal = |value: f64| [("goal".to_owned(), value)];
+    // A goal is compared by a ratio.
+    let added = (with.0 - without.0).max(0.001);
+    let name = |what: &str| format!("run of a container with confined threads: {what}");
+    Ok(vec![
+        row(&name("executed"), "M instr", true, with.0, peer(without.0)),
+        row(&name("system calls"), "", true, with.1, peer(without.1)),
+        row(
+            &name("executed, with / without"),
+            "",
+            true,
+            with.0 / without.0,
+            goal(CONFINEMENT.0),
+        ),
+        row(
+            &name("executed in addition"),
+            "M instr",
+            true,
+            added,
+            goal(CONFINEMENT.1),
+        ),
+    ])
 }
 
 fn rows_of(from: u64, said: &Value) -> Result<Vec<Value>> {

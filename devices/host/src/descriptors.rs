@@ -15,9 +15,10 @@ use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::thread::{CapabilitySet, capabilities};
 use std::cell::RefCell;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, Once, Weak};
 
 const PATH: &str = "/proc/self/fd";
 
@@ -25,7 +26,8 @@ const PATH: &str = "/proc/self/fd";
 #[derive(Debug)]
 pub struct Directory {
     fd: OwnedFd,
-    is_detached: bool,
+    /// Why it is not on a detached mount.
+    refused: Option<Errno>,
 }
 
 impl Directory {
@@ -52,16 +54,13 @@ impl Directory {
     fn open() -> io::Result<Self> {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         match open_tree(CWD, PATH, flags) {
-            Ok(fd) => Ok(Self {
-                fd,
-                is_detached: true,
-            }),
+            Ok(fd) => Ok(Self { fd, refused: None }),
             // Without the privilege (or the system call), the host's mount of /proc is used.
-            Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => {
+            Err(error @ (Errno::PERM | Errno::NOSYS | Errno::INVAL)) => {
                 let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
                 Ok(Self {
                     fd: openat(CWD, PATH, flags, Mode::empty())?,
-                    is_detached: false,
+                    refused: Some(error),
                 })
             }
             Err(error) => Err(error.into()),
@@ -69,9 +68,14 @@ impl Directory {
     }
 
     /// Whether this thread may use it as its root.
-    fn can_be_root(&self) -> bool {
-        let may = || capabilities(None).is_ok_and(|own| own.effective.contains(ENTERS));
-        self.is_detached && may()
+    fn check_root(&self) -> Result<(), NoRoot> {
+        match self.refused {
+            None if has(ENTERS) => Ok(()),
+            Some(error) if has(ENTERS | MOUNTS) && is_in_first_user_namespace() => {
+                Err(NoRoot::Mount(error))
+            }
+            _ => Err(NoRoot::Unprivileged),
+        }
     }
 }
 
@@ -83,6 +87,69 @@ impl AsFd for Directory {
 
 /// The capability to change the root directory.
 const ENTERS: CapabilitySet = CapabilitySet::SYS_CHROOT;
+/// The capability to make a detached mount.
+const MOUNTS: CapabilitySet = CapabilitySet::SYS_ADMIN;
+
+/// Whether this thread has these capabilities.
+fn has(needed: CapabilitySet) -> bool {
+    capabilities(None).is_ok_and(|own| own.effective.contains(needed))
+}
+
+/// Whether the capabilities of this process are those over the host. In a user namespace of its own a process has all of
+/// them, but may not change the mounts of the host.
+fn is_in_first_user_namespace() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
+/// Why a confined thread that uses file names has no root directory of its own.
+#[derive(Debug)]
+pub enum NoRoot {
+    /// Its process lacks a capability over the host.
+    Unprivileged,
+    /// `/proc` is not mounted.
+    Proc,
+    /// The host refuses a detached mount, although the process has the privileges.
+    Mount(Errno),
+    /// The host refuses the new root, although the process has the privileges.
+    Chroot(Errno),
+    /// Another call failed.
+    Failed(io::Error),
+}
+
+impl fmt::Display for NoRoot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unprivileged => f.write_str(
+                "the process lacks CAP_SYS_ADMIN or CAP_SYS_CHROOT in the first user namespace",
+            ),
+            Self::Proc => f.write_str("/proc is not mounted"),
+            Self::Mount(error) => write!(
+                f,
+                "the host refuses a detached mount of {PATH} (open_tree: {error})"
+            ),
+            Self::Chroot(error) => {
+                write!(
+                    f,
+                    "the host refuses it, perhaps by a security module (chroot: {error})"
+                )
+            }
+            Self::Failed(error) => error.fmt(f),
+        }
+    }
+}
+
+impl From<Errno> for NoRoot {
+    fn from(error: Errno) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl From<io::Error> for NoRoot {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
+}
 
 thread_local! {
     /// Root directory of this thread, which it also keeps mounted.
@@ -106,39 +173,64 @@ impl Root {
         ROOT.set(root);
     }
 
-    /// Makes the directory the root of this thread and of the threads that it creates. False without the required
-    /// privileges.
+    /// Makes the directory the root of this thread and of the threads that it creates.
     ///
     /// # Errors
-    /// The error from the kernel.
-    pub(crate) fn enter() -> io::Result<bool> {
+    /// Why it has none.
+    pub(crate) fn enter() -> Result<(), NoRoot> {
         if ROOT.with_borrow(Option::is_some) {
-            return Ok(true);
+            return Ok(());
         }
         let directory = match Directory::get() {
-            Ok(directory) if directory.can_be_root() => directory,
-            Ok(_) => return Ok(false),
-            // No thread opens anything by that directory then. =>
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(error) => return Err(error),
+            Ok(directory) => directory,
+            // No thread opens anything by that directory then.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(NoRoot::Proc),
+            Err(error) => return Err(error.into()),
         };
+        directory.check_root()?;
         sys::unshare_fs_state()?;
         rustix::process::fchdir(&*directory)?;
         match rustix::process::chroot(c".") {
             Ok(()) => ROOT.set(Some(Self {
                 _mounted: directory,
             })),
-            // A security module does not permit it.
-            Err(Errno::PERM | Errno::ACCESS) => return Ok(false),
+            Err(error @ (Errno::PERM | Errno::ACCESS)) => return Err(NoRoot::Chroot(error)),
             Err(error) => return Err(error.into()),
         }
-        Ok(true)
+        Ok(())
+    }
+
+    /// [Enters](Self::enter) the root where the host permits it. Otherwise the thread is confined without one, and a process
+    /// with the privileges for it says so once.
+    ///
+    /// # Errors
+    /// The error from the kernel, if it is none of those of a host that does not permit it.
+    pub(crate) fn enter_if_possible() -> io::Result<()> {
+        static SAID: Once = Once::new();
+        match Self::enter() {
+            Ok(()) | Err(NoRoot::Unprivileged) => {}
+            Err(NoRoot::Failed(error)) => return Err(error),
+            Err(why) => SAID.call_once(|| {
+                log::warn!(
+                    "threads that serve files are confined without a root directory of their own, and see \
+                     the host's files: {why}"
+                );
+            }),
+        }
+        Ok(())
     }
 }
 
-/// Whether confined threads that use file names have a root of their own.
-pub fn can_be_root() -> bool {
-    Directory::open().is_ok_and(|directory| directory.can_be_root())
+/// Whether confined threads that use file names have a root of their own: tried by a thread that ends.
+///
+/// # Errors
+/// Why they have none.
+pub fn check_own_root() -> Result<(), NoRoot> {
+    std::thread::scope(|scope| {
+        let tries = std::thread::Builder::new().spawn_scoped(scope, Root::enter)?;
+        let failed = |_| NoRoot::Failed(io::Error::other("the thread that tried it panicked"));
+        tries.join().map_err(failed)?
+    })
 }
 
 /// A path by which the calling thread can open the file of a descriptor, which may be O_PATH.
@@ -153,12 +245,13 @@ pub fn path(fd: BorrowedFd<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::thread::{CapabilitySets, set_capabilities};
     use std::fs;
 
     /// Runs `work` on a thread of its own with the directory as its root.
     fn within<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
         std::thread::scope(|scope| {
-            let entered = || Root::enter().unwrap().then(work);
+            let entered = || Root::enter().ok().map(|()| work());
             scope.spawn(entered).join().unwrap()
         })
     }
@@ -192,7 +285,7 @@ mod tests {
         });
         match found {
             Some(others) => assert_eq!(others, 0),
-            None => assert!(!can_be_root()),
+            None => assert!(check_own_root().is_err()),
         }
     }
 
@@ -208,6 +301,26 @@ mod tests {
         });
         // Only the thread has the new root.
         assert!(fs::exists("/proc/self/fd").unwrap());
+    }
+
+    #[test]
+    fn a_thread_without_the_capability_says_so() {
+        let why = std::thread::scope(|scope| {
+            let tried = || {
+                let none = CapabilitySet::empty();
+                let none = CapabilitySets {
+                    effective: none,
+                    permitted: none,
+                    inheritable: none,
+                };
+                set_capabilities(None, none).unwrap();
+                Root::enter_if_possible().unwrap();
+                Root::enter().unwrap_err()
+            };
+            scope.spawn(tried).join().unwrap()
+        });
+        assert!(matches!(why, NoRoot::Unprivileged), "{why}");
+        assert!(why.to_string().contains("CAP_SYS_CHROOT"), "{why}");
     }
 
     #[test]

@@ -10,6 +10,8 @@
 use super::Ports;
 use koya_host::threads::{self, Role};
 use koya_host::walls::Filter;
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -35,6 +37,9 @@ const MAX_LINE: usize = 19;
 /// Maximum number of clients that have not sent their request; further ones wait to be accepted.
 const MAX_CLIENTS: usize = 64;
 
+/// Maximum number of clients that wait to be accepted, as of std's listeners.
+const BACKLOG: i32 = 128;
+
 /// The sockets of one guest. Dropping this closes `PATH` and removes it.
 pub struct UnixSockets {
     path: PathBuf,
@@ -47,12 +52,15 @@ pub struct UnixSockets {
 }
 
 impl UnixSockets {
-    /// Listens at `path`, and forwards the guest's connections to the sockets beside it.
+    /// Listens at `path`, and forwards the guest's connections to the sockets beside it. Only the user of the process may
+    /// connect to `path`.
     ///
     /// # Errors
-    /// If `path` exists (a socket without a listener is replaced), or the error from the host.
+    /// If `path` exists (a socket without a listener is replaced), if every user may replace files in its directory, or the
+    /// error from the host.
     pub fn listen(ports: &Ports, path: impl Into<PathBuf>) -> io::Result<Self> {
         let path = path.into();
+        check_directory(&path)?;
         let listener = Arc::new(bind(&path)?);
         let mut sockets = Self {
             file: identity(&path)?,
@@ -94,9 +102,36 @@ impl Drop for UnixSockets {
     }
 }
 
+/// Rejects a directory in which every user may replace the sockets of the ports, to which the guest's connections go.
+fn check_directory(path: &Path) -> io::Result<()> {
+    const OF_GROUP: u32 = 0o020;
+    const OF_ALL: u32 = 0o002;
+    const STICKY: u32 = 0o1000;
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    let directory = parent.unwrap_or(Path::new("."));
+    let data = directory.metadata()?;
+    if data.mode() & STICKY != 0 {
+        return Ok(());
+    }
+    let shown = directory.display();
+    if data.mode() & OF_ALL != 0 {
+        let text = format!(
+            "every user may replace files in {shown}: choose another directory, or set its sticky bit"
+        );
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    // Many users have a group of their own.
+    if data.mode() & OF_GROUP != 0 && data.gid() != rustix::process::getegid().as_raw() {
+        log::warn!("vsock: members of the group of {shown} may replace the sockets in it");
+    }
+    Ok(())
+}
+
 /// Creates a socket at `path`; replaces one left behind by a killed process.
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
+    match bind_new(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let is_socket = path.symlink_metadata()?.file_type().is_socket();
             let is_left = UnixStream::connect(path)
@@ -105,10 +140,23 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
                 return Err(error);
             }
             std::fs::remove_file(path)?;
-            UnixListener::bind(path)
+            bind_new(path)
         }
         bound => bound,
     }
+}
+
+/// Creates a socket at `path` that only this user may connect to, whatever the umask is: a client gets a stream to any port of
+/// the guest.
+fn bind_new(path: &Path) -> io::Result<UnixListener> {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    // The file gets the socket's mode (and the umask) when it is created: there is no time at which others may connect, as
+    // there would be with chmod(2), which could also follow a link put in its place.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
@@ -187,7 +235,9 @@ fn parse(line: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
     use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn lines_are_parsed() {
@@ -275,6 +325,33 @@ mod tests {
         assert!(ports.accept(53).is_none());
         drop(sockets);
         assert!(ports.accept(52).is_none());
+    }
+
+    #[test]
+    fn only_this_user_may_connect() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let _sockets = UnixSockets::listen(&Ports::new().unwrap(), &path).unwrap();
+        let mode = path.symlink_metadata().unwrap().mode();
+        assert_eq!(mode & 0o777 & !0o600, 0, "{mode:o}");
+        assert!(UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn a_directory_in_which_every_user_may_replace_files_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let listen = |mode| {
+            std::fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
+            UnixSockets::listen(&Ports::new().unwrap(), &path).map(drop)
+        };
+        let error = listen(0o777).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        assert!(error.to_string().contains("every user may replace files"));
+        assert!(!path.exists());
+        for mode in [0o1777, 0o755, 0o770] {
+            listen(mode).unwrap_or_else(|error| panic!("{mode:o}: {error}"));
+        }
     }
 
     #[test]

@@ -60,8 +60,12 @@ impl Write for LogWriter {
                 state.size = 0;
             }
         }
-        if state.size + bytes.len() as u64 <= state.limit && state.file.write_all(bytes).is_ok() {
-            state.size += bytes.len() as u64;
+        if state.size + bytes.len() as u64 <= state.limit {
+            match state.file.write_all(bytes) {
+                Ok(()) => state.size += bytes.len() as u64,
+                // A full disk may have taken a part.
+                Err(_) => state.size = state.file.metadata().map_or(state.size, |data| data.len()),
+            }
         }
         Ok(bytes.len())
     }
@@ -197,6 +201,27 @@ mod tests {
         out.write_all(b", four").unwrap();
         drop(out);
         assert_eq!(read()[5], "stdout P , four");
+    }
+
+    /// A file on a full disk grows, too, by a part of a record.
+    #[test]
+    fn what_a_full_disk_has_taken_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut writer = LogWriter::with_limit(&path, 100).unwrap();
+        writer.write_all(&[b'x'; 60]).unwrap();
+        {
+            let mut state = writer.0.lock().unwrap();
+            // Cannot be written to; it has grown meanwhile.
+            std::fs::write(&path, [b'x'; 90]).unwrap();
+            state.file = File::open(&path).unwrap();
+        }
+        writer.write_all(b"lost").unwrap();
+        assert_eq!(writer.0.lock().unwrap().size, 90);
+        // So the next record begins a new file.
+        writer.write_all(&[b'y'; 20]).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), [b'y'; 20]);
+        assert_eq!(old(&path).metadata().unwrap().len(), 90);
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
     };
     let kvm = koya::vmm::kvm::open();
     let confinement = koya::vmm::host::walls::check_host();
-    let has_own_root = koya::vmm::host::descriptors::can_be_root();
+    let own_root = koya::vmm::host::descriptors::check_own_root();
     let all = json!({
         "koya": {
             "version": env!("CARGO_PKG_VERSION"),
@@ -43,18 +43,23 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
                 Err(error) => error.to_string(),
             },
             "confinement": match confinement {
-                Ok(()) if has_own_root => {
-                    "seccomp filters and capabilities by thread, no files of the host".to_owned()
-                }
-                Ok(()) => "seccomp filters and capabilities by thread; files of the host as far as this \
-                           user may open them, since without CAP_SYS_ADMIN and CAP_SYS_CHROOT threads \
-                           have no root directory of their own"
-                    .to_owned(),
+                Ok(()) => match &own_root {
+                    Ok(()) => {
+                        "seccomp filters and capabilities by thread, no files of the host".to_owned()
+                    }
+                    Err(why) => format!(
+                        "seccomp filters and capabilities by thread; files of the host as far as this user may \
+                         open them, since threads have no root directory of their own: {why}"
+                    ),
+                },
                 Err(error) => error.to_string(),
             },
+            "own_root": own_root.is_ok(),
         },
     });
     if args.json {
+        let mut all = all;
+        all["host"]["threads"] = koya::confinement::expected();
         say!("{}", serde_json::to_string_pretty(&all)?)?;
         return Ok(0);
     }

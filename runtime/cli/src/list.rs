@@ -88,7 +88,9 @@ pub(super) fn ps(args: &PsArgs) -> Outcome {
         let age = SystemTime::now()
             .duration_since(record.created)
             .unwrap_or_default();
-        rows.push((record, status, age));
+        // Before its end, a process that an attacker controls may have written anything there.
+        let reason = (!running).then(|| directory.violation()).flatten();
+        rows.push((record, status, age, reason));
     }
     if args.quiet {
         return rows
@@ -99,11 +101,11 @@ pub(super) fn ps(args: &PsArgs) -> Outcome {
     if args.json {
         let all: Vec<_> = rows
             .iter()
-            .map(|(record, status, age)| {
+            .map(|(record, status, age, reason)| {
                 json!({
-                    "name": record.name, "pid": record.pid, "status": status,
+                    "name": record.name, "pid": record.pid, "status": status, "reason": reason,
                     "age_seconds": age.as_secs(), "command": record.command,
-                    "rootfs": record.rootfs,
+                    "rootfs": record.rootfs, "confined": record.confined,
                 })
             })
             .collect();
@@ -117,7 +119,10 @@ pub(super) fn ps(args: &PsArgs) -> Outcome {
         "STATUS",
         "AGE"
     )?;
-    for (record, status, age) in rows {
+    for (record, mut status, age, _) in rows {
+        if !record.confined {
+            status += " (no seccomp)";
+        }
         say!(
             "{:<20} {:>8} {:<14} {:>10}  {}",
             record.name,

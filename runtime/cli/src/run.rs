@@ -353,8 +353,10 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
             None => directory.unpacked(),
         },
         keep: args.detach && !args.rm,
+        confined: !args.no_seccomp,
         status: None,
     })?;
+    owned.directory.report_violations();
     let outcome = match start(args, &mut record, &owned, began) {
         Ok(live) => live.finish(),
         Err(error) => {
@@ -432,6 +434,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         began: Some(began),
     });
     let sandbox = Arc::new(Sandbox::start(&sandbox)?);
+    owned.directory.record_confinement(record.confined);
     args.net.serve_ports(&sandbox)?;
     let mut container = sandbox.create(&record.name, &config)?;
     let streams = ProcessStreams::take(container.process_mut());

@@ -129,6 +129,9 @@ fn remove_leftovers(root: &Root, id: &str) -> Result<()> {
 /// Ends the remaining processes, and removes the stored state.
 pub(crate) fn remove(container: &Container) -> Result<()> {
     end(container)?;
+    if let Some(reason) = koya::confinement::violation(&container.directory) {
+        log::warn!("the sandbox ended by a violation: {reason}");
+    }
     if let Some(group) = &container.stored.cgroup {
         let started = Instant::now();
         while group.exists() && started.elapsed() < GROUP_LIMIT {

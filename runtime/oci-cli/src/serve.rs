@@ -194,10 +194,14 @@ fn run(
     let notify = notifiers.socket(&boot.id, boot.notify.as_deref(), &mut fds)?;
     let (fds, terminal) = streams(boot, &spec, fds)?;
     let stdio = descriptors(fds, boot.is_own_terminal, boot.preserved)?;
+    if let Err(error) = koya::confinement::report_violations_in(&boot.directory) {
+        log::warn!("a violation would not be the reason of the end: {error}");
+    }
     let (sender, receiver) = channel();
     let config = TaskSetConfig {
         log_console: boot.log.is_debug(),
         first_thread: Some(first_thread),
+        state: Some(boot.directory.clone()),
         ..TaskSetConfig::default()
     };
     let told = Arc::new(TaskEvents {

@@ -10,7 +10,8 @@ use crate::service::SERVED_AS;
 use anyhow::Result;
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::shim_sync::Client;
-use koya_tasks::{Spec, cgroup, hooks};
+use koya::confinement::{VIOLATION_STATUS, violation};
+use koya_tasks::{Role, Spec, cgroup, hooks};
 use protobuf::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -24,6 +25,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 const GONE_LIMIT: Duration = Duration::from_millis(1500);
 /// Status of a container whose end was not observed: killed.
 const KILLED: u32 = 137;
+/// The same, after a violation.
+const VIOLATION: u32 = VIOLATION_STATUS as u32;
 
 pub(crate) fn delete(flags: &Flags) -> Result<()> {
     let bundle = flags.bundle()?;
@@ -59,13 +62,30 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+    // A shim that still serves others has not ended by one.
+    let reason = is_gone.then(|| reason(&flags.id, &bundle)).flatten();
+    if let Some(reason) = &reason {
+        // containerd's log.
+        eprintln!("{reason}");
+    }
     let response = DeleteResponse {
         pid: shim.map_or(0, |pid| pid.as_raw_nonzero().get() as u32),
-        exit_status: KILLED,
+        exit_status: reason.map_or(KILLED, |_| VIOLATION),
         exited_at: Some(timestamp(SystemTime::now())).into(),
         ..Default::default()
     };
     Ok(std::io::stdout().write_all(&response.write_to_bytes()?)?)
+}
+
+/// The violation that ended the container's sandbox. The sandbox of a pod reports in the bundle of the pod's own container,
+/// beside those of the others.
+fn reason(id: &str, bundle: &Path) -> Option<String> {
+    violation(bundle).or_else(|| match Spec::read(bundle).ok()?.role(id) {
+        Role::Member { sandbox } if koya::is_id(&sandbox) => {
+            violation(&bundle.parent()?.join(sandbox))
+        }
+        _ => None,
+    })
 }
 
 /// The shim that was started for the container, if the process is still a shim.
@@ -109,4 +129,31 @@ fn end(pid: Pid) {
         tv_nsec: GONE_LIMIT.subsec_nanos().into(),
     };
     poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit)).ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_violation_in_a_pod_is_the_reason_for_all_of_its_containers() {
+        let dir = std::env::temp_dir().join(format!("koya-cleanup-{}", std::process::id()));
+        let at = |id: &str| dir.join(id);
+        fs::create_dir(&dir).unwrap();
+        for (id, kind) in [("pod", "sandbox"), ("one", "container")] {
+            fs::create_dir(at(id)).unwrap();
+            let config = format!(
+                r#"{{"ociVersion": "1.0.2", "root": {{"path": "rootfs"}}, "annotations": {{
+                "io.kubernetes.cri.container-type": "{kind}", "io.kubernetes.cri.sandbox-id": "pod"}}}}"#
+            );
+            fs::write(at(id).join("config.json"), config).unwrap();
+        }
+        assert_eq!(reason("one", &at("one")), None);
+        fs::write(at("pod").join("violation"), "koya: the thread x\n").unwrap();
+        for id in ["pod", "one"] {
+            assert_eq!(reason(id, &at(id)).as_deref(), Some("the thread x"));
+        }
+        assert_eq!(reason("gone", &at("gone")), None);
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -33,6 +33,9 @@ pub(crate) fn serve(flags: &Flags) -> Result<()> {
     let listener = become_daemon()?;
     let bundle = flags.bundle()?;
     start_log(&bundle, flags.debug);
+    if let Err(error) = koya::confinement::report_violations_in(&bundle) {
+        log::warn!("a violation would not be the reason of the end: {error}");
+    }
     let served = serve_bundle(flags, &bundle, listener);
     if let Err(error) = &served {
         log::error!("{error:#}");
@@ -65,6 +68,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
             unready: ready.err().map(|error| format!("{error:#}")),
             host_network: Some(host_network),
             first_thread: Some(first_thread),
+            state: Some(bundle.to_owned()),
         };
         serve_tasks(flags, config, listener, spec.cgroup().as_deref())
     })?

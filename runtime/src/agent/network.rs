@@ -49,10 +49,12 @@ impl Agent {
         &self,
         address: IpAddr,
         question: Vec<u8>,
+        over_tcp: bool,
     ) -> Result<Vec<u8>, Error> {
         let request = AskNameServerRequest {
             address: address.to_string(),
             question,
+            over_tcp,
             ..Default::default()
         };
         let operation = "ask a name server from the guest";

@@ -85,8 +85,12 @@ impl Routing {
 
     /// The request for the agent of a guest that has got `old`.
     pub(crate) fn change_request(&self, old: &Self) -> UpdateRoutesRequest {
+        // The guest kernel keeps the rules of interfaces that have vanished.
+        let rules = old.rules.iter();
+        let removed_rules = rules.filter(|rule| !self.rules.contains(rule));
         UpdateRoutesRequest {
             removed_routes: self.removed(old).iter().map(bytes).collect(),
+            removed_rules: removed_rules.map(bytes).collect(),
             ..self.request()
         }
     }

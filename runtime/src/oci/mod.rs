@@ -31,7 +31,7 @@ pub(crate) use links::Link;
 pub(crate) use mounts::OnHost;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
-pub(crate) use valid::check_rdma;
+pub use valid::check_resources;
 
 use crate::Error;
 use crate::account::Accounts;

@@ -249,7 +249,11 @@ fn check_sysctls(spec: &Spec) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_resources(resources: &LinuxResources) -> Result<(), Error> {
+/// Checks limits by themselves, those of a configuration and those of an update.
+///
+/// # Errors
+/// The invalid or unsupported limit, by name.
+pub fn check_resources(resources: &LinuxResources) -> Result<(), Error> {
     if let Some(memory) = resources.memory() {
         check_memory(memory)?;
     }
@@ -276,7 +280,7 @@ fn check_resources(resources: &LinuxResources) -> Result<(), Error> {
 ///
 /// # Errors
 /// The limit, by name.
-pub(crate) fn check_rdma(resources: &LinuxResources) -> Result<(), Error> {
+fn check_rdma(resources: &LinuxResources) -> Result<(), Error> {
     const REASON: &str = "a guest has no RDMA devices";
     if resources.rdma().as_ref().is_some_and(|all| !all.is_empty()) {
         return Err(Error::unsupported("linux.resources.rdma", REASON));

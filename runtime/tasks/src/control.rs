@@ -107,7 +107,7 @@ impl TaskSet {
     /// that the guest does not have yet gets them once it is created there.
     ///
     /// # Errors
-    /// If the guest can't be enlarged accordingly, or can't set them.
+    /// If a limit is invalid, the guest can't be enlarged accordingly, or can't set them.
     pub fn update(
         self: &Arc<Self>,
         id: &str,
@@ -118,6 +118,8 @@ impl TaskSet {
         if task.init.status() != Status::Paused {
             Self::check_usable(&task)?;
         }
+        // Those of a pod sandbox container do not reach the guest, which would refuse them.
+        koya::check_resources(resources)?;
         let before = self.limits(&task);
         let wanted = Limits::default().or(Some(resources));
         let after = Limits {

@@ -196,6 +196,10 @@ impl TaskSet {
             return Err(anyhow!(HOST_NETWORK).into());
         }
         if task.is_pod() {
+            // The rest of its configuration is not used.
+            task.spec
+                .resources()
+                .map_or(Ok(()), koya::check_resources)?;
             self.run_hooks_of_creation(task)?;
             self.boot(task)?;
             task.limit_on_host()?;

@@ -84,11 +84,12 @@ fn limits(resources: &oci::LinuxResources, read: &dyn Fn(&str) -> Option<String>
     all
 }
 
-/// Whether a file in `unified` applies to the sandbox's group on the host.
+/// Whether a file in `unified` applies to the sandbox's group on the host. Its name becomes part of a path, and is written to
+/// with the privileges of this process: names of these controllers have nothing but letters, digits, `_` and dots.
 fn is_hosts(file: &str) -> bool {
-    ["cpu.", "cpuset.", "io."]
-        .iter()
-        .any(|controller| file.starts_with(controller))
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_.".contains(c);
+    let controllers = ["cpu.", "cpuset.", "io."];
+    file.chars().all(is_plain) && controllers.iter().any(|name| file.starts_with(name))
 }
 
 fn cpus(cpu: &oci::LinuxCpu, read: &dyn Fn(&str) -> Option<String>, all: &mut Vec<Limit>) {
@@ -262,6 +263,16 @@ mod tests {
             ("io.max", "7:1 riops=5"),
         ];
         assert_eq!(of(unified, &[]), pairs(&expected));
+    }
+
+    #[test]
+    fn a_named_file_is_one_of_the_group() {
+        let elsewhere = json!({"unified": {
+            "cpu.x/../../cgroup.procs": "0", "io./../max": "1", "cpuset.cpus\n": "0", "cpu.\u{0}max": "1",
+        }});
+        assert!(of(elsewhere, &[]).is_empty());
+        let plain = json!({"unified": {"cpuset.cpus.partition": "root", "cpu.max.burst": "1"}});
+        assert_eq!(of(plain, &[]).len(), 2);
     }
 
     #[test]

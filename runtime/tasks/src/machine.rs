@@ -369,8 +369,9 @@ impl TaskSet {
         };
         let starting = Starting(self);
         let size = sum_of_limits(&task.settings, &[limits]);
+        let config = sandbox_config(task, size)?;
         let machine = (self.boot)(
-            &sandbox_config(task, size)?,
+            &config,
             &BootOptions {
                 log_console: self.config.log_console,
                 joins_loopback: task.is_pod(),
@@ -378,6 +379,11 @@ impl TaskSet {
             },
         )?;
         bound_memory(task, &*machine, None);
+        if let Some(state) = &self.config.state
+            && let Err(error) = koya::confinement::record(state, config.confined)
+        {
+            log::warn!("cannot record what confines the sandbox: {error}");
+        }
         if let Err(error) = self.publish_ooms(machine.clone()) {
             machine.kill();
             return Err(error.into());

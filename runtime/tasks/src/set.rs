@@ -211,6 +211,8 @@ pub struct TaskSetConfig {
     pub host_network: Option<File>,
     /// The first thread of the process, which then shows the files of the container that owns the sandbox.
     pub first_thread: Option<PidHolder>,
+    /// Directory for the record of the sandbox's confinement ([`koya::confinement`]), if there is to be one.
+    pub state: Option<PathBuf>,
 }
 
 /// The tasks of one sandbox: a container, or a pod. The first one starts the virtual machine.

@@ -10,13 +10,16 @@ use crate::size::{Limits, PERIOD, milli_cpus};
 use anyhow::{Context, anyhow};
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
-use koya::{Bundle, HostView, Settings, SharedNamespaces};
+use koya::{Bundle, HostView, Settings, SharedNamespaces, read_small_file};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 /// Address of Docker's own name server.
 const DOCKERS_NAMES: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 11));
+
+/// Maximum size of a `/etc/resolv.conf` in which the name server is looked for. No real one is larger.
+const MAX_RESOLVER: u64 = 64 << 10;
 
 /// Role of a container in its sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -165,7 +168,9 @@ impl Spec {
         let mut mounts = self.0.mounts().iter().flatten();
         let own = |mount: &&oci::Mount| mount.destination() == Path::new("/etc/resolv.conf");
         let source = mounts.rfind(own)?.source().as_ref()?;
-        let text = std::fs::read_to_string(source).ok()?;
+        // The author of the configuration may not own the file: it may be anything.
+        let text = read_small_file(source, MAX_RESOLVER).ok()?;
+        let text = String::from_utf8_lossy(&text);
         let servers = text
             .lines()
             .filter_map(|line| line.trim().strip_prefix("nameserver"));
@@ -455,6 +460,10 @@ mod tests {
         assert_eq!(of("nameserver 127.0.0.1\nnameserver 9.9.9.9\n"), None);
         assert_eq!(of("#nameserver 127.0.0.11\n"), None);
         assert_eq!(spec(json!({})).name_server(), None);
+        // It is not read without a limit.
+        file.as_file().set_len(100_000_000_000).unwrap();
+        let mount = json!({"destination": "/etc/resolv.conf", "source": file.path()});
+        assert_eq!(spec(json!({"mounts": [mount]})).name_server(), None);
     }
 
     #[test]

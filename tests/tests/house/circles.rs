@@ -220,8 +220,13 @@ fn imports(
             "{" => {
                 at += 1;
                 while tokens.get(at).is_some_and(|token| token != "}") {
+                    let before = at;
                     at = imports(tokens, at, &path, found);
                     at += usize::from(tokens.get(at).is_some_and(|token| token == ","));
+                    if at == before {
+                        // The word `use` in a text of several lines.
+                        return at;
+                    }
                 }
                 return at + 1;
             }

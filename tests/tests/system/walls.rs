@@ -122,6 +122,21 @@ fn threads_that_a_guest_drives_are_confined() -> Result<()> {
     }
     let left = directories_of_the_host(container.pid()?)?;
     ensure!(left.is_empty(), "koya-fs can leave its root by {left:?}");
+    let record = fs::read_to_string("/var/lib/koya/containers/walls/walls.json")?;
+    let record: serde_json::Value = serde_json::from_str(&record)?;
+    let recorded = record["threads"].as_array().context("no threads")?;
+    for driven in &DRIVEN[..5] {
+        let is_it = |thread: &&serde_json::Value| {
+            let role = thread["role"].as_str();
+            role.is_some_and(|role| role.starts_with(driven))
+        };
+        let thread = recorded.iter().find(is_it);
+        let thread = thread.with_context(|| format!("no {driven} in {record}"))?;
+        ensure!(thread["seccomp"] == "filter", "{thread}");
+        let has_own_root = matches!(*driven, "koya-fs" | "koya-starter");
+        let root = if has_own_root { "own" } else { "host" };
+        ensure!(thread["root"] == root, "{thread}");
+    }
     let of_owner = &threads["koya-watch"];
     ensure!(!of_owner.seccomp && of_owner.no_new_privileges);
     Ok(())
@@ -133,11 +148,16 @@ fn confinement_can_be_turned_off() -> Result<()> {
         ensure!(!thread.seccomp && !thread.no_new_privileges, "{name}");
         ensure!(names(&thread.root)?.contains(&"proc".to_owned()), "{name}");
     }
+    let listed = stdout(koya(["ps", "--json"]).output()?)?;
+    ensure!(listed.contains("\"confined\": false"), "{listed}");
+    let listed = stdout(koya(["ps"]).output()?)?;
+    ensure!(listed.contains("running (no seccomp)"), "{listed}");
     let said = stdout(koya(["env", "--json"]).output()?)?;
     ensure!(
         said.contains("\"confinement\": \"seccomp filters"),
         "{said}"
     );
+    ensure!(said.contains("\"role\": \"koya-vcpu\""), "{said}");
     Ok(())
 }
 

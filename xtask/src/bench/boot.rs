@@ -2,7 +2,7 @@
 
 use super::profile::Symbols;
 use super::report::{self, Report};
-use super::{PEERS, counting, guest_files, program};
+use super::{PEERS, STRACE, counting, guest_files, program};
 use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
 use crate::build::{self, Products};
@@ -42,6 +42,10 @@ pub(super) struct BootArgs {
     /// Boot another guest kernel: an ELF image; for --profile with symbols or a System.map beside it
     #[arg(long, value_name = "FILE", conflicts_with = "record")]
     kernel: Option<PathBuf>,
+    /// Also measure a run with threads that are not confined (koya run --no-seccomp); with --check,
+    /// fail if confinement adds more than 5 % or 2 million instructions
+    #[arg(long, conflicts_with_all = ["record", "trace", "profile"])]
+    unconfined: bool,
     /// Write the timeline of the last `koya run` to FILE as SVG
     #[arg(long, value_name = "FILE", conflicts_with = "trace")]
     svg: Option<PathBuf>,
@@ -65,7 +69,10 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
     if args.profile && !arch.is_native() {
         bail!("--profile knows the instructions of this machine's architecture only");
     }
-    let files = boot_files(arch, args.kernel.as_deref())?;
+    if args.unconfined && !arch.is_native() {
+        bail!("--unconfined counts system calls with this machine's strace");
+    }
+    let files = boot_files(arch, args)?;
     if args.trace {
         let said = counting::run(arch, files, "trace", counting::ONE_GUEST)?;
         print!("{said}");
@@ -76,7 +83,8 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
         counting::profile(files, "profile", &symbols)?.print(&symbols);
         return Ok(());
     }
-    let said = counting::run(arch, files, "", counting::ONE_GUEST)?;
+    let words = if args.unconfined { "unconfined" } else { "" };
+    let said = counting::run(arch, files, words, counting::ONE_GUEST)?;
     let (pictures, said): (Vec<&str>, Vec<&str>) =
         said.lines().partition(|line| line.starts_with(PICTURE));
     if let (Some(file), [picture, ..]) = (&args.svg, &*pictures) {
@@ -84,7 +92,8 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
         report::save(file, picture)?;
     }
     let rows = counting::rows(&said.join("\n"))?;
-    args.report.save(&rows, &[])?;
+    args.report
+        .finish(&rows, &[], args.check && args.unconfined)?;
     let path = proc::checkout().join(file);
     if let Some(share) = args.check.then_some(args.share) {
         let before = fs::read(&path).with_context(|| format!("no {file}"))?;
@@ -101,7 +110,7 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
 }
 
 /// Files of the counted host for a start, with koya, runc and crun.
-fn boot_files(arch: Arch, kernel: Option<&Path>) -> Result<Archive> {
+fn boot_files(arch: Arch, args: &BootArgs) -> Result<Archive> {
     setup::ensure()?;
     let peers = match arch.is_native() {
         true => {
@@ -112,13 +121,17 @@ fn boot_files(arch: Arch, kernel: Option<&Path>) -> Result<Archive> {
     };
     let program = program(arch, "boot")?;
     let products = Products::places_of(arch);
-    let mut files = guest_files(arch, kernel)?;
-    let programs = [
+    let mut files = guest_files(arch, args.kernel.as_deref())?;
+    let mut programs = vec![
         ("boot", program),
         ("koya", products.bin.join("koya")),
         ("runc", peers.join("usr/bin/runc")),
         ("crun", peers.join("usr/bin/crun")),
     ];
+    if args.unconfined {
+        setup::ensure_these(&[STRACE])?;
+        programs.push(("strace", "/usr/bin/strace".into()));
+    }
     counting::add_programs(arch, &mut files, &programs)?;
     Ok(files)
 }

@@ -26,8 +26,9 @@ use std::process::{Command, Stdio};
 const PACKAGES: &[(&str, &str)] = &[
     ("fio", "the benches' disk load"),
     ("iperf3", "the benches' network load"),
-    ("strace", "the benches' counts of system calls"),
+    STRACE,
 ];
+const STRACE: (&str, &str) = ("strace", "the benches' counts of system calls");
 const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the peers' start")];
 
 /// Configuration for runc and crun: one process with the defaults of `koya run`, including the seccomp filter.

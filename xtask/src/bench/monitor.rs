@@ -2,7 +2,7 @@
 
 use super::peers::{self, QEMU};
 use super::report::Report;
-use super::{counting, guest_files};
+use super::{STRACE, counting, guest_files};
 use crate::arch::Arch;
 use crate::{build, setup};
 use anyhow::{Result, bail};
@@ -10,10 +10,7 @@ use clap::Args;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-const PACKAGES: &[(&str, &str)] = &[
-    ("strace", "the benches' counts of system calls"),
-    ("time", "the benches' peaks of memory"),
-];
+const PACKAGES: &[(&str, &str)] = &[STRACE, ("time", "the benches' peaks of memory")];
 
 #[derive(Args)]
 pub(super) struct MonitorArgs {
@@ -31,8 +28,8 @@ pub(super) struct MonitorArgs {
     /// Measure on the instruction-counting emulated host instead of this machine's KVM
     #[arg(long)]
     counted: bool,
-    /// Fail if a goal for the given peers is missed: CPU time at most 0.7 of Firecracker's
-    /// without seccomp and 0.06 of QEMU's, and 110 system calls before the guest
+    /// Fail if a goal for the given peers is missed: CPU time at most 0.7 of Firecracker's, each
+    /// without and with its seccomp filters, and 0.06 of QEMU's, and 110 system calls before the guest
     #[arg(long)]
     check: bool,
 }

@@ -12,7 +12,8 @@ mod violation;
 pub use inherited::close_on_exec_from;
 pub use redirect::redirect_loopback;
 pub use violation::{
-    VIOLATION_STATUS, has_seccomp_filters, report_violations, report_violations_to,
+    VIOLATION_STATUS, has_seccomp_filters, report_violations, report_violations_in,
+    report_violations_to,
 };
 
 use std::io;

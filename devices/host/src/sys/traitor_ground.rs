@@ -7,6 +7,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::ffi::{CString, c_char};
 use std::fs::{self, File};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
@@ -32,6 +33,9 @@ pub(super) struct Ground {
     handle: Handle,
     address: libc::sockaddr_un,
     _listener: UnixListener,
+    datagrams: UdpSocket,
+    /// Address of that socket.
+    to: libc::sockaddr_in,
     /// Descriptors of a virtual machine and its vCPU.
     machine: Option<(i32, i32)>,
 }
@@ -39,6 +43,8 @@ pub(super) struct Ground {
 impl Ground {
     /// Prepares the targets of an attempt in an empty directory.
     pub(super) fn new(dir: &Path, name: &str) -> Self {
+        let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = internet_address(&datagrams);
         let text = |name: &str| CString::new(dir.join(name).as_os_str().as_bytes()).unwrap();
         fs::create_dir(dir.join("share")).unwrap();
         // The null device; only root can create it.
@@ -55,6 +61,8 @@ impl Ground {
             old_file: text("old"),
             address: address(&text("socket")),
             _listener: UnixListener::bind(dir.join("socket")).unwrap(),
+            datagrams,
+            to,
             machine: name.starts_with("KVM_").then(machine),
         }
     }
@@ -90,6 +98,26 @@ impl Ground {
     /// The address of a listening socket.
     pub(super) fn address(&self) -> (*const u8, usize) {
         ((&raw const self.address).cast(), size_of_val(&self.address))
+    }
+
+    /// A UDP socket that the process has open, as for a published port; it is not connected.
+    pub(super) fn datagrams(&self) -> i32 {
+        self.datagrams.as_raw_fd()
+    }
+
+    /// An address that it can send to.
+    pub(super) fn internet_address(&self) -> (*const u8, usize) {
+        ((&raw const self.to).cast(), size_of_val(&self.to))
+    }
+
+    /// `struct msghdr`: a byte to that address.
+    pub(super) fn message(&self) -> *const u8 {
+        let (address, len) = self.internet_address();
+        let part: &[usize; 2] = Box::leak(Box::new([c"x".as_ptr() as usize, 1]));
+        let part = part.as_ptr() as usize;
+        // Name, its length (padded), parts, their number, no control data, no flags.
+        let message: &[usize; 7] = Box::leak(Box::new([address as usize, len, part, 1, 0, 0, 0]));
+        message.as_ptr().cast()
     }
 
     pub(super) fn vm(&self) -> i32 {
@@ -170,6 +198,21 @@ fn address(path: &CString) -> libc::sockaddr_un {
         .zip(bytes)
         .for_each(|(to, from)| *to = from);
     address
+}
+
+/// The address of a socket of IPv4.
+fn internet_address(socket: &UdpSocket) -> libc::sockaddr_in {
+    let SocketAddr::V4(address) = socket.local_addr().unwrap() else {
+        panic!("an address of IPv6");
+    };
+    libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: u32::from_ne_bytes(address.ip().octets()),
+        },
+        sin_zero: [0; 8],
+    }
 }
 
 /// Left open until the process ends.

@@ -17,6 +17,9 @@ const SYS_SECCOMP: libc::c_int = 1;
 /// File to which violations are reported, in addition to standard error.
 static LOG: AtomicI32 = AtomicI32::new(-1);
 
+/// File with nothing else in it: what it says is the reason of the process's end.
+static REASON: AtomicI32 = AtomicI32::new(-1);
+
 /// `siginfo_t` of SIGSYS; libc has no names for these fields.
 #[repr(C)]
 struct SigsysInfo {
@@ -44,6 +47,12 @@ pub fn report_violations() {
 /// Reports violations also to this file, which stays open.
 pub fn report_violations_to(log: OwnedFd) {
     LOG.store(log.into_raw_fd(), Ordering::SeqCst);
+}
+
+/// Reports a violation also to this file, which stays open, and is written only then: for whoever asks why the process has
+/// ended.
+pub fn report_violations_in(file: OwnedFd) {
+    REASON.store(file.into_raw_fd(), Ordering::SeqCst);
 }
 
 /// A line of text without allocation.
@@ -105,6 +114,7 @@ extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c
         let line = describe(&name[..len], call);
         report(libc::STDERR_FILENO, &line);
         report(LOG.load(Ordering::SeqCst), &line);
+        report(REASON.load(Ordering::SeqCst), &line);
     }
     // SAFETY: ends the process without running anything else of it.
     unsafe { libc::_exit(VIOLATION_STATUS) };
@@ -135,6 +145,38 @@ pub fn has_seccomp_filters() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::walls::{Filter, confine};
+    use std::process::Command;
+
+    /// Where the child process of the next test reports.
+    const REPORT: &str = "KOYA_TEST_REPORT";
+
+    #[test]
+    #[ignore = "ends its process: run by a_violation_is_the_reason_of_the_end"]
+    fn makes_a_violation() {
+        let Some(path) = std::env::var_os(REPORT) else {
+            return;
+        };
+        report_violations();
+        report_violations_in(std::fs::File::create(path).unwrap().into());
+        confine(Filter::Net).unwrap();
+        // SAFETY: the filter ends the process; without one, the call changes nothing.
+        unsafe { libc::syscall(libc::SYS_sync) };
+    }
+
+    #[test]
+    fn a_violation_is_the_reason_of_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report");
+        let name = "sys::violation::tests::makes_a_violation";
+        let mut test = Command::new(std::env::current_exe().unwrap());
+        test.args([name, "--exact", "--ignored"]).env(REPORT, &path);
+        let output = test.output().unwrap();
+        assert_eq!(output.status.code(), Some(VIOLATION_STATUS), "{output:?}");
+        let said = std::fs::read_to_string(path).unwrap();
+        let call = format!("made system call {}", libc::SYS_sync);
+        assert!(said.contains(&call) && said.ends_with("ended\n"), "{said}");
+    }
 
     #[test]
     fn a_report_names_thread_and_call() {

@@ -77,7 +77,7 @@ impl Filter {
     }
 
     /// Whether its threads use file names, none of which must lead to the host's files.
-    const fn has_own_root(self) -> bool {
+    pub const fn has_own_root(self) -> bool {
         matches!(self, Self::Starter | Self::Files)
     }
 
@@ -207,7 +207,7 @@ pub fn check_host() -> io::Result<()> {
 /// The error from the kernel. The thread may be confined in part, and must end.
 pub fn confine(filter: Filter) -> io::Result<()> {
     if filter.has_own_root() {
-        Root::enter()?;
+        Root::enter_if_possible()?;
     }
     keep_capabilities(filter.capabilities())?;
     rustix::thread::set_no_new_privs(true)?;

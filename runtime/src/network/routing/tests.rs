@@ -144,3 +144,21 @@ fn a_route_that_vanished_is_removed_unless_its_interface_did_too() {
     assert_eq!(request.routes.len(), 2);
     assert!(new.removed(&new).is_empty());
 }
+
+#[test]
+fn a_rule_that_vanished_is_removed() {
+    let rule = |table| {
+        let mut rule = RuleMessage::default();
+        rule.header.table = table;
+        rule
+    };
+    let with = |rules: &[RuleMessage]| Routing {
+        rules: rules.to_vec(),
+        ..Routing::default()
+    };
+    let (old, new) = (with(&[rule(1), rule(2)]), with(&[rule(2), rule(3)]));
+    let request = new.change_request(&old);
+    assert_eq!(request.removed_rules, [bytes(&rule(1))]);
+    assert_eq!(request.rules.len(), 2);
+    assert!(new.change_request(&new).removed_rules.is_empty());
+}

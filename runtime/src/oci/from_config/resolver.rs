@@ -1,6 +1,6 @@
 //! Name resolution of a container: that of the host, except for what its configuration sets.
 
-use crate::{Error, Resolver};
+use crate::{Error, Resolver, read_small_file};
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -76,9 +76,8 @@ fn change(base: &str, wanted: &Resolver) -> Result<String, Error> {
 
 /// Content of a small file, in which comments may have any encoding.
 fn read(path: &Path) -> String {
-    let is_small = path.metadata().is_ok_and(|data| data.len() <= MAX_SIZE);
-    let content = is_small.then(|| std::fs::read(path).ok());
-    String::from_utf8_lossy(&content.flatten().unwrap_or_default()).into_owned()
+    let content = read_small_file(path, MAX_SIZE).unwrap_or_default();
+    String::from_utf8_lossy(&content).into_owned()
 }
 
 /// The lines that are valid outside the host, and whether they contain a name server.

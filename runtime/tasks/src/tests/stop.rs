@@ -89,6 +89,38 @@ fn limits_from_before_the_creation_in_the_guest_are_kept() {
 }
 
 #[test]
+fn limits_that_name_files_elsewhere_are_refused() {
+    let resources = |file: &str| -> oci::LinuxResources {
+        serde_json::from_value(serde_json::json!({"unified": {file: "1"}})).unwrap()
+    };
+    let rig = Rig::new();
+    rig.create_in_pod("pod").unwrap();
+    rig.create_in_pod("c").unwrap();
+    for id in ["pod", "c"] {
+        let refused = rig.set.update(id, &resources("cpu.x/../../cgroup.procs"));
+        let said = refused.unwrap_err().to_string();
+        assert!(said.contains("no slashes"), "{id}: {said}");
+        rig.set.update(id, &resources("cpu.max")).unwrap();
+    }
+}
+
+/// Of the configuration of a pod sandbox container only its limits are used.
+#[test]
+fn limits_of_a_pod_that_name_files_elsewhere_are_refused() {
+    let rig = Rig::new();
+    let network = serde_json::json!({"type": "network", "path": "/proc/self/ns/net"});
+    let annotations = serde_json::json!({"io.kubernetes.cri.container-type": "sandbox"});
+    let mut request = rig.request("pod", &network, &annotations);
+    let resources = serde_json::json!({"unified": {"cpu.x/../../cgroup.procs": "0"}});
+    let mut linux = request.spec.0.linux().clone().unwrap();
+    linux.set_resources(Some(serde_json::from_value(resources).unwrap()));
+    request.spec.0.set_linux(Some(linux));
+    let said = rig.set.create(request).unwrap_err().to_string();
+    assert!(said.contains("no slashes"), "{said}");
+    assert!(!rig.guest.was_called("boot"));
+}
+
+#[test]
 fn two_that_come_at_once_have_one_machine() {
     let rig = Rig::new();
     rig.guest.hold("boot");
