@@ -3,6 +3,8 @@
 
 #[path = "house/circles.rs"]
 mod circles;
+#[path = "house/documents.rs"]
+mod documents;
 #[path = "../../xtask/src/unsafe_blocks.rs"]
 mod unsafe_blocks;
 

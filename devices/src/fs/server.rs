@@ -3,6 +3,9 @@
 //! A request consists of a header, an argument, and names or data; a reply of a header and a result. Data of
 //! READ and WRITE is never copied to a buffer here.
 
+#[cfg(test)]
+mod confined_tests;
+
 use super::Cache;
 use super::passthrough::{Caller, Passthrough};
 use super::wire::{self, InHeader, InitIn, InitOut, OutHeader, init, op};

@@ -21,8 +21,10 @@ use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -395,6 +397,31 @@ const PASTA_LIMIT: Duration = Duration::from_secs(20);
 
 const PID_FILE: &str = "pasta.pid";
 
+/// Beginning of the names of directories with such a file.
+const READY: &str = "koya-pasta-";
+
+/// Removes those directories that this user's killed commands have left.
+fn remove_left_behind(parent: &Path, limit: Duration) {
+    let Ok(entries) = std::fs::read_dir(parent) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if !name.as_encoded_bytes().starts_with(READY.as_bytes()) {
+            continue;
+        }
+        // Of a link, not of what it names.
+        let Ok(data) = entry.metadata() else {
+            continue;
+        };
+        let own = data.is_dir() && data.uid() == rustix::process::geteuid().as_raw();
+        let age = data.modified().ok().and_then(|made| made.elapsed().ok());
+        if own && age.is_some_and(|age| age > limit) {
+            std::fs::remove_dir_all(entry.path()).ok();
+        }
+    }
+}
+
 /// pasta and its supervisor.
 struct Pasta {
     keeper: Child,
@@ -409,8 +436,8 @@ impl Pasta {
             bail!("--net user needs pasta, which is not there; `apt-get install passt` has it");
         };
         let shell = programs::find("sh").context("--net user needs sh, which is not there")?;
-        let ready =
-            TempDir::with_prefix_in("koya-pasta-", "/tmp").context("no directory in /tmp")?;
+        remove_left_behind(Path::new("/tmp"), 2 * PASTA_LIMIT);
+        let ready = TempDir::with_prefix_in(READY, "/tmp").context("no directory in /tmp")?;
         let keeper = programs::command(&shell)
             .args(["-c", KEEPER, "koya-pasta"])
             .arg(program)
@@ -480,6 +507,22 @@ mod tests {
         for bad in ["", "tap:", "bridge", "none:x"] {
             assert!(parse_kind(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn directories_of_killed_commands_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir(at("koya-pasta-x")).unwrap();
+        std::fs::write(at("koya-pasta-x/pasta.pid"), "").unwrap();
+        std::fs::create_dir(at("other")).unwrap();
+        std::os::unix::fs::symlink("other", at("koya-pasta-link")).unwrap();
+        remove_left_behind(dir.path(), Duration::from_secs(60));
+        assert!(at("koya-pasta-x").exists(), "it may be in use");
+        std::thread::sleep(Duration::from_millis(20));
+        remove_left_behind(dir.path(), Duration::from_millis(1));
+        assert!(!at("koya-pasta-x").exists());
+        assert!(at("koya-pasta-link").exists() && at("other").exists());
     }
 
     #[test]

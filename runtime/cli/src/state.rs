@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io::Write as _;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -168,7 +168,7 @@ impl Directory {
 
     /// Listens on the control socket.
     pub(super) fn listen(&self) -> Result<UnixListener> {
-        self.socket(|path| UnixListener::bind(path))
+        self.socket(listen_privately)
             .with_context(|| format!("cannot listen in {}", self.0.display()))
     }
 
@@ -360,6 +360,13 @@ fn entries() -> Result<Vec<PathBuf>> {
 fn is_unfinished(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default();
     name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
+}
+
+/// Listens on a socket that only this user may connect to, also where the directory is opened to others.
+fn listen_privately(path: &Path) -> std::io::Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 /// Reserves the given name, or a generated one, and creates its directory with the record returned by `record`.

@@ -17,7 +17,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -159,6 +159,8 @@ impl Root {
     /// As [`find`](Self::find), with a lock for changes.
     pub(crate) fn lock(&self, id: &str) -> Result<(Container, Lock)> {
         let directory = self.find(id)?.directory;
+        // Its state names hooks, which run with the privileges of this user.
+        check_own(&directory)?;
         let Some(lock) = Lock::take(&directory)? else {
             bail!("container does not exist: {id}");
         };
@@ -189,7 +191,10 @@ impl Root {
                 // It was deleted meanwhile.
                 None => {}
                 // A leftover without a state belongs to the process that locks it.
-                Some(lock) if !directory.join(STATE).exists() => return Ok((directory, lock)),
+                Some(lock) if !directory.join(STATE).exists() => {
+                    check_own(&directory)?;
+                    return Ok((directory, lock));
+                }
                 Some(_) => bail!("container with given ID already exists"),
             }
         }
@@ -203,6 +208,24 @@ pub(crate) fn check_id(id: &str) -> Result<()> {
     }
     if !koya::is_id(id) {
         bail!("invalid container ID format: {id}");
+    }
+    Ok(())
+}
+
+/// Checks that no other user has made this directory, or can replace what is in it: where several users may write to the
+/// directory of all containers, another one can guess the name of the next.
+fn check_own(directory: &Path) -> Result<()> {
+    let data = fs::symlink_metadata(directory)
+        .with_context(|| format!("cannot read {}", directory.display()))?;
+    let own = data.uid() == rustix::process::geteuid().as_raw();
+    if !own || !data.is_dir() || data.mode() & 0o022 != 0 {
+        bail!(
+            "{} must be a directory that only this user may write to; it has owner {} and mode {:04o}: remove it, or choose \
+             another --root",
+            directory.display(),
+            data.uid(),
+            data.mode() & 0o7777
+        );
     }
     Ok(())
 }
@@ -363,8 +386,11 @@ fn short_path(directory: &Path) -> Result<(OwnedFd, PathBuf)> {
 
 pub(crate) fn listen(directory: &Path) -> Result<UnixListener> {
     let (_open, path) = short_path(directory)?;
-    let listener = UnixListener::bind(path);
-    listener.with_context(|| format!("cannot listen in {}", directory.display()))
+    let cannot = || format!("cannot listen in {}", directory.display());
+    let listener = UnixListener::bind(&path).with_context(cannot)?;
+    // Only for this user, also where the directory is opened to others.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).with_context(cannot)?;
+    Ok(listener)
 }
 
 fn connect(directory: &Path) -> Result<UnixStream> {
@@ -418,6 +444,32 @@ pub(crate) mod tests {
         // A container with a user namespace, in which root runs another one.
         assert_eq!(of(true, true, "root"), hosts);
         assert_eq!(parent_of_default(false, false, |_| None), hosts);
+    }
+
+    #[test]
+    fn a_directory_of_others_is_not_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::at(dir.path().into());
+        let planted = |name: &str, mode| {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        planted("left", 0o700);
+        root.make("left").unwrap();
+        planted("open", 0o777);
+        let error = root.make("open").err().unwrap();
+        assert!(error.to_string().contains("0777"), "{error}");
+        symlink("left", dir.path().join("link")).unwrap();
+        assert!(root.make("link").is_err());
+    }
+
+    #[test]
+    fn a_socket_is_its_users_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let _listener = listen(dir.path()).unwrap();
+        let mode = fs::metadata(dir.path().join(SOCKET)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     pub(crate) fn stored(id: &str) -> Stored {

@@ -5,6 +5,7 @@ use crate::confinement::{
 };
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
 use crate::hooks::hooks_run;
+use crate::kills::Kills;
 use crate::privileges::a_shim_has_few_privileges;
 use crate::takeover::{
     a_network_is_taken_over, a_tap_is_taken_over, routes_of_every_kind_are_taken_over,
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 15] = [
+    let tests: [Test; 16] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_paused_task_is_killed", a_paused_task_is_killed),
@@ -28,6 +29,10 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         (
             "killed_at_the_worst_moments_nothing_is_left",
             killed_at_the_worst_moments_nothing_is_left,
+        ),
+        (
+            "killed_at_any_point_nothing_is_left",
+            killed_at_any_point_nothing_is_left,
         ),
         ("a_network_is_taken_over", a_network_is_taken_over),
         (
@@ -312,16 +317,79 @@ fn killed_at_the_worst_moments_nothing_is_left(containerd: &Containerd) -> Resul
             containerd.kill_and_start_again()?;
         }
         ctr.wait_with_output()?;
-        until("its removal", || {
-            containerd.ctr(["task", "rm", "-f", &name]).output()?;
-            containerd.ctr(["container", "rm", &name]).output()?;
-            let list = stdout(containerd.ctr(["container", "ls", "-q"]).output()?)?;
-            Ok((!list.lines().any(|line| line == name)).then_some(()))
-        })
-        .with_context(about)?;
-        containerd.nothing_is_left().with_context(about)?;
+        remove_at_last(containerd, &name).with_context(about)?;
     }
     let mut again = containerd.run(&["--rm"], "worst0", &["echo", "again"]);
+    ensure!(stdout(again.output()?)? == "again");
+    containerd.nothing_is_left()
+}
+
+/// Removes whatever containerd knows of a container, as its user would.
+fn remove_at_last(containerd: &Containerd, name: &str) -> Result<()> {
+    until("its removal", || {
+        containerd.ctr(["task", "rm", "-f", name]).output()?;
+        containerd.ctr(["container", "rm", name]).output()?;
+        let list = stdout(containerd.ctr(["container", "ls", "-q"]).output()?)?;
+        Ok((!list.lines().any(|line| line == name)).then_some(()))
+    })?;
+    containerd.nothing_is_left()
+}
+
+/// Kills the shim, containerd, or both while a container is created, started, used and deleted (see [`Kills`]).
+fn killed_at_any_point_nothing_is_left(containerd: &Containerd) -> Result<()> {
+    let ctr = containerd.ctr::<&str>([]);
+    let words = std::iter::once(ctr.get_program()).chain(ctr.get_args());
+    let words: Vec<_> = words
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    let ctr = words.join(" ");
+    let life = |name: &str| {
+        let script = format!(
+            "{ctr} run --runtime {RUNTIME} -d {IMAGE} {name} sleep 1000 && \
+             {ctr} task exec --exec-id e {name} true && {ctr} task kill -s KILL {name} && \
+             while {ctr} task ls | grep {name} | grep -vq STOPPED; do sleep 0.1; done && \
+             {ctr} task rm {name}; {ctr} task rm -f {name}; {ctr} container rm {name}"
+        );
+        let mut shell = Command::new("timeout");
+        shell
+            .args(["100", "sh", "-c", &script])
+            .stdin(Stdio::null());
+        shell.stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+    };
+    let began = Instant::now();
+    ensure!(life("whole")?.wait()?.success(), "a life without kills");
+    let whole = began.elapsed();
+    remove_at_last(containerd, "whole")?;
+    let kills = Kills::of("containerd")?;
+    for turn in kills.turns() {
+        let mut chance = kills.chance(turn);
+        let (name, after) = (format!("any{turn}"), chance.below(whole));
+        let kinds = [
+            ("the shim", true, false),
+            ("containerd", false, true),
+            ("the shim and containerd", true, true),
+        ];
+        let (killed, shim, daemon) = *chance.one_of(&kinds).context("a kind")?;
+        let mut shell = life(&name)?;
+        std::thread::sleep(after);
+        let pid = containerd.shim_of(&name)?;
+        let killed = match pid {
+            None if !daemon => "nothing, since there was no shim",
+            _ => killed,
+        };
+        if let Some(pid) = pid.filter(|_| shim) {
+            // It may have exited already.
+            Command::new("kill").args(["-KILL", &pid]).status()?;
+        }
+        if daemon {
+            containerd.kill_and_start_again()?;
+        }
+        shell.wait()?;
+        remove_at_last(containerd, &name)
+            .with_context(|| format!("kill {turn} of {killed} after {after:.2?} of {whole:.2?}"))?;
+        kills.passed(turn, killed, after);
+    }
+    let mut again = containerd.run(&["--rm"], "again", &["echo", "again"]);
     ensure!(stdout(again.output()?)? == "again");
     containerd.nothing_is_left()
 }

@@ -1,9 +1,11 @@
 //! SIGKILL at random points of a container's life cycle: the next command or `delete` cleans up in each case. `KOYA_KILLS`
-//! is the number of kills of each kind, `KOYA_SEED` the seed of their times.
+//! is the number of kills of each kind, `KOYA_SEED` the seed of their times. Each kill is printed as a line of JSON; those in
+//! the file `KOYA_RECORD`, lines of an earlier run with the same seed, are not repeated.
 
 use crate::oci::{Runtime, bundle, text};
 use crate::tool::{kill, koya, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -12,12 +14,15 @@ use std::time::{Duration, Instant};
 
 crate::trials![
     a_run_killed_at_any_point_leaves_nothing,
+    a_user_network_killed_at_any_point_leaves_nothing,
     what_a_runtime_leaves_when_killed_at_any_point_is_deleted,
 ];
 
 const GROUP: &str = "/koya-kills";
 /// Name of the container of `koya run`.
 const RUN: &str = "kills-of-a-run";
+/// And of the one with a network.
+const NETWORK: &str = "kills-of-a-network";
 
 /// The value of a variable, or `default`.
 pub(crate) fn number(variable: &str, default: u64) -> u64 {
@@ -25,15 +30,71 @@ pub(crate) fn number(variable: &str, default: u64) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// A generator of random times.
-struct Chance(u64);
+/// A generator of random numbers for one kill.
+pub(crate) struct Chance(u64);
 
 impl Chance {
-    fn below(&mut self, limit: Duration) -> Duration {
+    fn number(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
         self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
-        let micros = u64::try_from(limit.as_micros()).unwrap_or(u64::MAX).max(1);
-        Duration::from_micros((self.0 >> 33) % micros)
+        (self.0 >> 33) % limit.max(1)
+    }
+
+    pub(crate) fn below(&mut self, limit: Duration) -> Duration {
+        let micros = u64::try_from(limit.as_micros()).unwrap_or(u64::MAX);
+        Duration::from_micros(self.number(micros))
+    }
+
+    pub(crate) fn one_of<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
+        all.get(self.number(all.len() as u64) as usize)
+    }
+}
+
+/// The kills of a test.
+pub(crate) struct Kills {
+    test: &'static str,
+    seed: u64,
+    turns: std::ops::Range<u64>,
+}
+
+impl Kills {
+    /// Those that remain to be done.
+    pub(crate) fn of(test: &'static str) -> Result<Self> {
+        let seed = number("KOYA_SEED", 1);
+        let text = match std::env::var_os("KOYA_RECORD") {
+            Some(file) if Path::new(&file).exists() => fs::read_to_string(file)?,
+            _ => String::new(),
+        };
+        // Other lines of the same output are ignored.
+        let kills = text
+            .lines()
+            .filter_map(|l| serde_json::from_str::<Value>(l).ok());
+        let own = kills.filter(|kill| kill["test"] == test && kill["seed"] == seed);
+        let last = own.filter_map(|kill| kill["turn"].as_u64()).max();
+        let turns = last.map_or(0, |last| last + 1)..number("KOYA_KILLS", 3);
+        println!("{test}: turns {turns:?} with seed {seed}");
+        Ok(Self { test, seed, turns })
+    }
+
+    pub(crate) fn turns(&self) -> std::ops::Range<u64> {
+        self.turns.clone()
+    }
+
+    /// Random numbers of a turn, which do not depend on earlier ones.
+    pub(crate) fn chance(&self, turn: u64) -> Chance {
+        let mut chance = Chance(self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ turn);
+        chance.number(1);
+        chance
+    }
+
+    /// Prints that nothing was left after a kill.
+    pub(crate) fn passed(&self, turn: u64, killed: &str, after: Duration) {
+        let after = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        let (test, seed) = (self.test, self.seed);
+        let line = json!({
+            "test": test, "seed": seed, "turn": turn, "killed": killed, "after_ms": after,
+        });
+        println!("{line}");
     }
 }
 
@@ -116,30 +177,139 @@ fn a_run_killed_at_any_point_leaves_nothing() -> Result<()> {
         Ok(volume.join("up").exists().then_some(()))
     })?;
     let whole = began.elapsed();
-    let mut chance = Chance(number("KOYA_SEED", 1));
-    for turn in 0..number("KOYA_KILLS", 3) {
-        child.kill()?;
-        child.wait()?;
-        // Any next command cleans up.
-        stdout(koya(["ps"]).output()?)?;
-        nothing_is_left(RUN, &format!("kill {turn}"))?;
-        child = start()?;
-        let after = chance.below(whole + whole / 4);
-        std::thread::sleep(after);
-        println!("kill {turn} after {after:.2?} of {whole:.2?}");
-    }
     child.kill()?;
     child.wait()?;
-    stdout(koya(["ps"]).output()?)?;
-    nothing_is_left(RUN, "the last kill")
+    let kills = Kills::of("run")?;
+    for turn in kills.turns() {
+        // Any next command cleans up.
+        stdout(koya(["ps"]).output()?)?;
+        nothing_is_left(RUN, &format!("before kill {turn}"))?;
+        let after = kills.chance(turn).below(whole + whole / 4);
+        child = start()?;
+        std::thread::sleep(after);
+        child.kill()?;
+        child.wait()?;
+        stdout(koya(["ps"]).output()?)?;
+        nothing_is_left(
+            RUN,
+            &format!("kill {turn} after {after:.2?} of {whole:.2?}"),
+        )?;
+        kills.passed(turn, "koya run", after);
+    }
+    Ok(())
+}
+
+/// PID, parent and process group of each process (proc_pid_stat(5)).
+fn relations() -> Result<Vec<[i32; 3]>> {
+    let mut found = Vec::new();
+    for name in names("/proc")? {
+        let Ok(pid) = name.parse::<i32>() else {
+            continue;
+        };
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let Some((_, fields)) = stat.rsplit_once(") ") else {
+            continue;
+        };
+        let mut fields = fields.split(' ').map(str::parse::<i32>);
+        // The first one is a letter.
+        if let (_, Some(Ok(parent)), Some(Ok(group))) =
+            (fields.next(), fields.next(), fields.next())
+        {
+            found.push([pid, parent, group]);
+        }
+    }
+    Ok(found)
+}
+
+/// pasta and its shell are in a process group of their own, whose first process is a child of `koya run`.
+fn a_user_network_killed_at_any_point_leaves_nothing() -> Result<()> {
+    let volume = scratch("kills")?;
+    let option = format!("{}:/data", volume.display());
+    let start = || {
+        let mut command = koya(["run", "--name", NETWORK, "--net", "user", "-v", &option]);
+        command.arg("--rootfs").arg(shared_rootfs());
+        command.args(["--", "sh", "-c", "echo up > /data/up; sleep 1000"]);
+        command.stdin(Stdio::null()).spawn()
+    };
+    // Its helpers, with their names.
+    let helpers = |koya: u32| -> Result<Vec<(i32, String)>> {
+        let all = relations()?;
+        let group = all.iter().find(|[_, parent, _]| *parent == koya as i32);
+        let Some([group, ..]) = group else {
+            return Ok(Vec::new());
+        };
+        let of_it = all.iter().filter(|[_, _, of]| of == group);
+        let named = of_it.map(|[pid, ..]| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            (*pid, name.trim().to_owned())
+        });
+        Ok(named.collect())
+    };
+    let began = Instant::now();
+    let mut child = start()?;
+    until("the container runs", || {
+        Ok(volume.join("up").exists().then_some(()))
+    })?;
+    let whole = began.elapsed();
+    let there = helpers(child.id())?;
+    ensure!(
+        there.iter().any(|(_, name)| name.starts_with("pasta")),
+        "no pasta: {there:?}"
+    );
+    child.kill()?;
+    child.wait()?;
+    let kills = Kills::of("user network")?;
+    for turn in kills.turns() {
+        let mut chance = kills.chance(turn);
+        // pasta is started early.
+        let range = match turn % 2 {
+            0 => whole / 4,
+            _ => whole + whole / 4,
+        };
+        let after = chance.below(range);
+        child = start()?;
+        std::thread::sleep(after);
+        let group = helpers(child.id())?;
+        let shell = group.iter().map(|(pid, _)| *pid).min();
+        let pasta = group.iter().find(|(_, name)| name.starts_with("pasta"));
+        let pasta = pasta.map(|(pid, _)| *pid);
+        let own = Some(child.id() as i32);
+        let all: Vec<i32> = own
+            .into_iter()
+            .chain(group.iter().map(|(pid, _)| *pid))
+            .collect();
+        let kinds = [
+            ("koya run", own.into_iter().collect()),
+            ("pasta", pasta.into_iter().collect()),
+            ("the shell of pasta", shell.into_iter().collect()),
+            ("all", all),
+        ];
+        let (killed, pids): &(&str, Vec<i32>) = chance.one_of(&kinds).context("a kind")?;
+        for pid in pids {
+            // It may have ended already.
+            kill(&pid.to_string()).ok();
+        }
+        child.kill()?;
+        child.wait()?;
+        stdout(koya(["ps"]).output()?)?;
+        let of = format!("kill {turn} of {killed} after {after:.2?} of {whole:.2?}");
+        nothing_is_left(NETWORK, &of)?;
+        until("pasta and its shell are gone", || {
+            let left = relations()?.into_iter();
+            let mut left = left.filter(|[_, _, of]| Some(*of) == shell);
+            Ok(left.next().is_none().then_some(()))
+        })
+        .with_context(|| of.clone())?;
+        kills.passed(turn, killed, after);
+    }
+    Ok(())
 }
 
 /// Kills every process of the runtime under this root and of its sandbox, or one of them; returns their number.
 fn kill_some(root: &str, chance: &mut Chance, all: bool) -> Result<usize> {
     let mut pids = processes(root)?;
-    if !all && !pids.is_empty() {
-        let chosen = chance.below(Duration::from_micros(pids.len() as u64));
-        pids = vec![pids[chosen.as_micros() as usize]];
+    if !all {
+        pids = chance.one_of(&pids).into_iter().copied().collect();
     }
     for pid in &pids {
         // The process may have ended already.
@@ -170,8 +340,9 @@ fn what_a_runtime_leaves_when_killed_at_any_point_is_deleted() -> Result<()> {
     ensure!(life("whole")?.wait()?.success(), "a life without kills");
     let whole = began.elapsed();
     nothing_is_left(root, "a life without kills")?;
-    let mut chance = Chance(number("KOYA_SEED", 1));
-    for turn in 0..number("KOYA_KILLS", 3) {
+    let kills = Kills::of("koya-runtime")?;
+    for turn in kills.turns() {
+        let mut chance = kills.chance(turn);
         let id = format!("k{turn}");
         let mut shell = life(&id)?;
         let after = chance.below(whole);
@@ -191,6 +362,7 @@ fn what_a_runtime_leaves_when_killed_at_any_point_is_deleted() -> Result<()> {
             fs::read_dir(&runtime.root)?.next().is_none(),
             "{id} is left in {root}"
         );
+        kills.passed(turn, &format!("{killed} processes of koya-runtime"), after);
     }
     fs::remove_dir(&group)?;
     ensure!(!Path::new(&group).exists());

@@ -9,6 +9,7 @@ const WORD: &str = "long";
 const TESTS: &[&str] = &[
     "containerd::v1.6::containers_run_and_end",
     "containerd::v1.7::containers_run_and_end",
+    "containerd::v2::killed_at_any_point_nothing_is_left",
     "containerd::v2::killed_at_the_worst_moments_nothing_is_left",
     "containerd::v2::limits_hold_inside_and_outside",
     "containerd::v2::many_start_at_once",
@@ -30,6 +31,7 @@ const TESTS: &[&str] = &[
     "faults::a_disk_that_hangs_is_waited_for",
     "files::a_tree_survives_tar",
     "files::more_nodes_than_descriptors",
+    "kills::a_user_network_killed_at_any_point_leaves_nothing",
     "memory::freed_memory_goes_back_to_the_host",
     "memory::memory_comes_and_goes_again",
     "memory::memory_may_be_a_files",

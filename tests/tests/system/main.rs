@@ -23,6 +23,7 @@ mod kills;
 mod life;
 mod long;
 mod memory;
+mod neighbours;
 mod network;
 mod oci;
 mod oci_cpus;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
         kills::trials(),
         life::trials(),
         memory::trials(),
+        neighbours::trials(),
         network::trials(),
         oci::trials(),
         oci_cpus::trials(),

@@ -418,6 +418,42 @@ fn files_that_the_host_moves_lose_the_shares_of_their_old_location() {
     assert!(f.open(file, OFlags::RDONLY).is_ok());
 }
 
+/// Until then, its files are written as before.
+#[test]
+fn a_move_by_the_host_out_of_a_writable_share_is_noticed_by_a_lookup() {
+    let f = fixture();
+    for name in ["one/a/dir", "one/b"] {
+        fs::create_dir_all(f.dir.path().join(name)).unwrap();
+    }
+    fs::write(f.dir.path().join("one/a/dir/file"), "").unwrap();
+    let outer = f.share("one", READ_ONLY);
+    let inner = f.share("one/a", WRITABLE);
+    let dir = f.node(inner.path.join("dir")).unwrap();
+    let file = f.node(inner.path.join("dir/file")).unwrap();
+    let (from, to) = (
+        f.dir.path().join("one/a/dir"),
+        f.dir.path().join("one/b/dir"),
+    );
+    fs::rename(from, to).unwrap();
+    let fh = f.open(file, OFlags::WRONLY).unwrap();
+    f.files.release(file, fh);
+    assert_eq!(f.node(outer.path.join("b/dir")), Ok(dir));
+    assert_eq!(f.open(file, OFlags::WRONLY).unwrap_err(), Errno::ROFS);
+}
+
+/// Its descriptor leads to the files in it wherever it is, also if the share is a detached mount; but not to those above it.
+#[test]
+fn a_directory_that_the_host_moves_out_of_a_share_stays_while_it_is_open() {
+    let f = fixture();
+    let share = f.share("one", WRITABLE);
+    let two = f.node(share.path.join("two")).unwrap();
+    fs::rename(f.dir.path().join("one/two"), f.dir.path().join("out")).unwrap();
+    fs::write(f.dir.path().join("out/later"), "").unwrap();
+    assert!(f.files.lookup(two, c"later").is_ok());
+    assert!(f.files.lookup(two, c"..").is_err());
+    assert!(f.node(share.path.join("two")).is_err(), "by its name");
+}
+
 /// A file with several names may be in several places.
 #[test]
 fn a_moved_file_with_another_name_keeps_the_shares_of_that() {

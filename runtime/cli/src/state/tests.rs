@@ -2,7 +2,6 @@
 
 use super::*;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
-use std::os::unix::fs::PermissionsExt;
 
 /// A newer koya lists containers of an older one, and vice versa: a record as written by version 0.1, with an additional
 /// field of a later version.
@@ -165,6 +164,14 @@ fn directories_of_others_are_refused() {
     let link = dir.path().join("link");
     std::os::unix::fs::symlink(&path, &link).unwrap();
     assert!(check_private(&link).is_err());
+}
+
+#[test]
+fn a_control_socket_is_its_users_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let _listener = listen_privately(&path).unwrap();
+    assert_eq!(fs::metadata(path).unwrap().mode() & 0o777, 0o600);
 }
 
 #[test]
