@@ -7,7 +7,7 @@ use crate::pidfd::Receiver;
 use crate::preserved::PreservedFds;
 use crate::source::Source;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
-use crate::{Outcome, capabilities, life, logging, member, program};
+use crate::{Outcome, capabilities, life, logging, member, oom, program};
 use anyhow::{Context, Result, bail};
 use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
@@ -168,6 +168,7 @@ fn make(
     let boot = Boot {
         id: args.id.clone(),
         directory: directory.clone(),
+        oom_files: oom::files(&spec, &bundle),
         bundle,
         source,
         is_terminal: console.is_some(),
@@ -356,6 +357,7 @@ mod tests {
             is_own_terminal: false,
             preserved: Default::default(),
             joins: None,
+            oom_files: Vec::new(),
             log: logging::Config::default(),
         };
         let spec = Spec::read(dir.path()).unwrap();

@@ -30,6 +30,9 @@ pub(crate) struct Boot {
     pub(crate) preserved: Count,
     /// The container whose virtual machine it joins.
     pub(crate) joins: Option<SandboxMembership>,
+    /// Files to create if the container has an OOM kill.
+    #[serde(default)]
+    pub(crate) oom_files: Vec<PathBuf>,
     pub(crate) log: logging::Config,
 }
 
@@ -52,6 +55,9 @@ pub(crate) struct Create {
     pub(crate) joins: SandboxMembership,
     pub(crate) is_own_terminal: bool,
     pub(crate) preserved: Count,
+    /// Files to create if the container has an OOM kill.
+    #[serde(default)]
+    pub(crate) oom_files: Vec<PathBuf>,
 }
 
 /// A request of a command.

@@ -16,6 +16,7 @@ mod life;
 mod list;
 mod logging;
 mod member;
+mod oom;
 mod pidfd;
 mod preserved;
 mod program;

@@ -133,6 +133,7 @@ fn ask_for(
             joins: joins.clone(),
             is_own_terminal: boot.is_own_terminal,
             preserved: boot.preserved,
+            oom_files: boot.oom_files.clone(),
         }),
     };
     let mounts =
@@ -176,6 +177,7 @@ pub(crate) fn create(
     send(stream, &Response::Done, &[]).ok();
     follow(wire, served.clone(), id.clone(), String::new())?;
     let exit = tasks.wait(&id, "");
+    served.show_oom(&id, &create.oom_files);
     // Its root must be free once its end is reported.
     if let Err(error) = tasks.delete(&id, "") {
         log::warn!("{id}: {error}");
