@@ -188,6 +188,9 @@ impl TaskSet {
         if task.spec.network() == Network::Host {
             return Err(anyhow!(HOST_NETWORK).into());
         }
+        if !task.is_member() {
+            task.share_time_on_host();
+        }
         if task.is_pod() {
             self.run_hooks_of_creation(task)?;
             self.boot(task)?;

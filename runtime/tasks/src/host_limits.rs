@@ -19,20 +19,31 @@ type Limit = (String, String);
 /// # Errors
 /// A disk limit or a CPU set that can't be set in the sandbox's own group, since nothing else enforces it.
 pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
-    apply_those(group, resources, |_| true)
+    apply_those(group, resources, |_, _| true)
 }
 
-/// The same without limits of CPU time, which would slow down the creation and the start of a container in the guest.
+/// The same without limits of CPU time.
 ///
 /// # Errors
 /// As above.
 pub(crate) fn apply_all_but_time(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
-    apply_those(group, resources, |file| !is_time(file))
+    apply_those(group, resources, |file, _| !is_time(file))
 }
 
-/// Sets the limits of CPU time. The guest has them, too, so failures are only logged.
-pub(crate) fn apply_time(group: &Path, resources: &oci::LinuxResources) {
-    if let Err(error) = apply_those(group, resources, is_time) {
+/// Sets those limits of CPU time that leave the sandbox a whole CPU, which it has from the beginning. The guest has them,
+/// too, so failures are only logged.
+pub(crate) fn apply_shares(group: &Path, resources: &oci::LinuxResources) {
+    apply_times(group, resources, |file, value| !is_slow(file, value));
+}
+
+/// Sets the other limits of CPU time, which would slow down the creation and the start of a container in the guest.
+pub(crate) fn apply_slow(group: &Path, resources: &oci::LinuxResources) {
+    apply_times(group, resources, is_slow);
+}
+
+fn apply_times(group: &Path, resources: &oci::LinuxResources, wanted: impl Fn(&str, &str) -> bool) {
+    let wanted = |file: &str, value: &str| is_time(file) && wanted(file, value);
+    if let Err(error) = apply_those(group, resources, wanted) {
         log::warn!("{error:#}");
     }
 }
@@ -41,15 +52,27 @@ fn is_time(file: &str) -> bool {
     file.starts_with("cpu.")
 }
 
+/// Whether a limit of CPU time leaves less than a CPU. A burst is set after the quota that it belongs to.
+fn is_slow(file: &str, value: &str) -> bool {
+    let mut words = value.split_whitespace();
+    let mut number = || words.next()?.parse::<u64>().ok();
+    match file {
+        "cpu.idle" => number() != Some(0),
+        "cpu.max" => number().is_some_and(|quota| quota < number().unwrap_or(PERIOD)),
+        "cpu.max.burst" => true,
+        _ => false,
+    }
+}
+
 /// Sets the limits in those files that are wanted.
 fn apply_those(
     group: &Path,
     resources: &oci::LinuxResources,
-    wanted: impl Fn(&str) -> bool,
+    wanted: impl Fn(&str, &str) -> bool,
 ) -> Result<()> {
     let read = |file: &str| fs::read_to_string(group.join(file)).ok();
     let mut limits = limits(resources, &read);
-    limits.retain(|(file, _)| wanted(file));
+    limits.retain(|(file, value)| wanted(file, value));
     set(group, &limits, is_ours(group))
 }
 
@@ -214,6 +237,37 @@ mod tests {
         for (shares, expected) in [(1, 1), (2, 1), (100, 17), (200, 29), (262_145, 10_000)] {
             assert_eq!(weight(shares), expected, "{shares}");
         }
+    }
+
+    #[test]
+    fn what_leaves_a_cpu_does_not_wait_for_the_start() {
+        for (file, value) in [
+            ("cpu.weight", "1"),
+            ("cpu.idle", "0"),
+            ("cpu.max", "max 100000"),
+            ("cpu.max", "100000 100000"),
+            ("cpu.max", "100000"),
+            ("cpu.max", "max"),
+        ] {
+            assert!(!is_slow(file, value), "{file}: {value}");
+        }
+        for (file, value) in [
+            ("cpu.idle", "1"),
+            ("cpu.max", "99999 100000"),
+            ("cpu.max", "5000"),
+            ("cpu.max.burst", "5000"),
+        ] {
+            assert!(is_slow(file, value), "{file}: {value}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let resources = json!({"cpu": {"shares": 1024, "idle": 1, "quota": 200_000}});
+        let resources = serde_json::from_value(resources).unwrap();
+        apply_shares(dir.path(), &resources);
+        let read = |file: &str| fs::read_to_string(dir.path().join(file)).unwrap_or_default();
+        let three = || ["cpu.weight", "cpu.max", "cpu.idle"].map(read);
+        assert_eq!(three(), ["100", "200000 100000", ""]);
+        apply_slow(dir.path(), &resources);
+        assert_eq!(three(), ["100", "200000 100000", "1"]);
     }
 
     #[test]
