@@ -20,6 +20,7 @@ pub(crate) mod process;
 mod seccomp;
 mod shares;
 mod tmpfs;
+mod unified;
 mod users;
 mod valid;
 
