@@ -113,7 +113,7 @@ struct CreateParams {
 
 impl CreateParams {
     fn read(root: &Root, globals: &Globals, args: &CreateArgs) -> Result<Self> {
-        state::check_id(&args.id)?;
+        state::check_new_id(&args.id)?;
         let source = Source::of(globals, args)?;
         let spec = source.read(&args.bundle, &args.id)?;
         let joins = member::owner(root, &spec)?;

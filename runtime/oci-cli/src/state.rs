@@ -193,15 +193,29 @@ impl Root {
     }
 }
 
-/// With the messages of runc.
+/// With the messages of runc, and after them that of crun for a character.
 pub(crate) fn check_id(id: &str) -> Result<()> {
     if id.is_empty() {
         bail!("container id cannot be empty");
+    }
+    let is_usual = |c: &char| c.is_ascii_alphanumeric() || "_+-.".contains(*c);
+    if let Some(other) = id.chars().find(|c| !is_usual(c)) {
+        bail!(
+            "invalid container ID format: invalid character `{other}` in the container ID `{id}`"
+        );
     }
     if !koya::is_id(id) {
         bail!("invalid container ID format: {id}");
     }
     Ok(())
+}
+
+/// The same for a new container. Like crun, refuses a dot at the beginning, which hides the container's directory.
+pub(crate) fn check_new_id(id: &str) -> Result<()> {
+    if id.starts_with('.') {
+        bail!("invalid container ID format: {id}");
+    }
+    check_id(id)
 }
 
 /// A lock on a container's directory.
@@ -441,6 +455,21 @@ pub(crate) mod tests {
         assert_eq!(user_name(users, 1000), Some("me"));
         assert_eq!(user_name(users, 1001), None);
         assert_eq!(owner(u32::MAX - 2), format!("#{}", u32::MAX - 2));
+    }
+
+    #[test]
+    fn names_are_those_of_runc_without_a_dot_first() {
+        for id in ["a", "a.b", "_x", "A-1_+.b"] {
+            assert!(check_new_id(id).is_ok(), "{id}");
+        }
+        assert!(check_id(".foo").is_ok(), "one of an earlier version");
+        for id in [".", "..", ".foo", "foo bar", "this/is", "é"] {
+            let said = check_new_id(id).unwrap_err().to_string();
+            assert!(said.starts_with("invalid container ID format: "), "{said}");
+        }
+        let said = check_id("this/is").unwrap_err().to_string();
+        assert!(said.ends_with("invalid character `/` in the container ID `this/is`"));
+        assert!(check_id("").is_err());
     }
 
     #[test]
