@@ -334,6 +334,15 @@ impl Spec {
         }
     }
 
+    /// Sets the adjustment of its process's OOM score, if the configuration has none.
+    pub fn default_oom_score_adj(&mut self, adjustment: i32) {
+        if let Some(process) = self.0.process_mut()
+            && process.oom_score_adj().is_none()
+        {
+            process.set_oom_score_adj(Some(adjustment));
+        }
+    }
+
     /// Replaces the supplementary groups of its process by groups of the caller, as its user namespace has them: those that it
     /// does not have are left out.
     pub fn set_groups(&mut self, mut groups: Vec<u32>) {
