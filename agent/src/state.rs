@@ -202,7 +202,8 @@ impl State {
             configuration::add_disk(&mut spec, device)?;
         }
         if request.guest_devices {
-            configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
+            let dev = Path::new("/dev");
+            configuration::add_guest_devices(&mut spec, dev, !request.omit_terminals)?;
         }
         if tmpfs::concerns(&spec, root_setup::is_image(id, &spec)) {
             let of = id.to_owned();

@@ -143,6 +143,7 @@ impl ContainerCreation<'_> {
             .extend(self.attachments.attach(inner, adapted.disks)?);
         resources.volumes = adapted.volumes;
         resources.direct = self.attachments.attach_direct(inner, adapted.direct)?;
+        resources.omit_terminals = adapted.omits_terminals && !resources.guest_devices;
         resources.guest_devices |= adapted.has_guest_devices;
         let process = launch(inner, id, &adapted.spec, resources, streams)?;
         let first = adapted.spec.process().clone().unwrap_or_default();

@@ -106,6 +106,16 @@ pub(super) struct Adapted {
     pub(super) disks: Vec<HostDisk>,
     /// Whether it requests all devices of the host: it then gets all devices of the guest.
     pub(super) lists_the_hosts: bool,
+    /// Whether it lists none of the host's terminals, as podman does for a container with systemd, which would start a
+    /// login on each.
+    pub(super) omits_terminals: bool,
+}
+
+/// Whether it is a terminal by itself: `/dev/tty` is that of the calling process.
+fn is_terminal(device: &oci::LinuxDevice) -> bool {
+    let path = device.path().to_str();
+    let name = path.and_then(|path| path.strip_prefix("/dev/tty"));
+    name.is_some_and(|rest| !rest.is_empty())
 }
 
 /// Whether the host has no device with the number of this one. Without sysfs it counts as having all.
@@ -136,7 +146,10 @@ pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapte
     let mut namespaces = linux.namespaces().iter().flatten();
     let has_users = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User);
     let mut devices = Vec::new();
-    let mut adapted = Adapted::default();
+    let mut adapted = Adapted {
+        omits_terminals: !linux.devices().iter().flatten().any(is_terminal),
+        ..Adapted::default()
+    };
     for device in linux.devices().iter().flatten().map(in_the_root) {
         let number = (device.major(), device.minor());
         let is_pipe = matches!(device.typ(), LinuxDeviceType::P);

@@ -54,6 +54,8 @@ pub(crate) struct Adapted {
     pub(crate) disks: Vec<HostDisk>,
     /// Whether it has a device node for every device of the guest.
     pub(crate) has_guest_devices: bool,
+    /// Whether terminals are not among these.
+    pub(crate) omits_terminals: bool,
     /// Volumes with file systems that the guest mounts, by mount number.
     pub(crate) direct: Vec<(u32, GuestVolume)>,
     /// Mount points in a root that is a directory, each with a flag for files (`None`: either); and the working directory
@@ -146,6 +148,7 @@ pub(crate) fn adapt(
         volumes: mounts.volumes,
         disks: devices.disks,
         has_guest_devices: devices.lists_the_hosts,
+        omits_terminals: devices.omits_terminals,
         direct: mounts.direct,
         mount_points,
         links,

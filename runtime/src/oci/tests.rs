@@ -568,20 +568,6 @@ fn an_added_process_may_what_the_first_one_may() {
     assert_eq!(web["user"]["additionalGids"], json!([33, 40]));
 }
 
-#[test]
-fn who_is_given_all_of_the_hosts_devices_has_all_of_the_guests() {
-    let devices = |devices: Value| {
-        let (_dir, bundle) = bundle(|spec| {
-            spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
-            spec["linux"]["devices"] = devices;
-        });
-        adapt_it("c", bundle).unwrap().has_guest_devices
-    };
-    let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
-    let watchdog = json!({"path": "/dev/watchdog", "type": "c", "major": 10, "minor": 130});
-    assert!(!devices(json!([fuse])) && devices(json!([fuse, watchdog])));
-}
-
 /// The guest creates it for its user; if the root is read-only, the host does.
 #[test]
 fn the_host_makes_a_working_directory_only_where_the_guest_cannot() {

@@ -37,3 +37,23 @@ fn a_node_of_no_device_is_only_a_node() {
     let refused = nodes(json!([{"type": "user"}])).unwrap_err().to_string();
     assert!(refused.contains("/dev/none"), "{refused}");
 }
+
+#[test]
+fn who_is_given_all_of_the_hosts_devices_has_all_of_the_guests() {
+    let devices = |devices: Value| {
+        let (_dir, bundle) = bundle(|spec| {
+            spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+            spec["linux"]["devices"] = devices;
+        });
+        let adapted = adapt_it("c", bundle).unwrap();
+        (adapted.has_guest_devices, adapted.omits_terminals)
+    };
+    let node = |path: &str, major: i64, minor: i64| json!({"path": path, "type": "c", "major": major, "minor": minor});
+    let fuse = node("/dev/fuse", 10, 229);
+    let watchdog = node("/dev/watchdog", 10, 130);
+    let (tty, tty1) = (node("/dev/tty", 5, 0), node("/dev/tty1", 4, 1));
+    assert!(!devices(json!([fuse])).0);
+    // As podman lists them for a container with systemd.
+    assert_eq!(devices(json!([fuse, watchdog, tty])), (true, true));
+    assert_eq!(devices(json!([fuse, tty1])), (true, false));
+}
