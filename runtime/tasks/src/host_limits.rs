@@ -1,4 +1,4 @@
-//! Limits of a container that apply to its sandbox on the host: CPU time, CPU sets and disk limits, as files of the
+//! Limits of a container that apply to its sandbox on the host: CPU time, CPU sets, disks and huge pages, as files of the
 //! sandbox's control group (Linux, admin-guide/cgroup-v2).
 //!
 //! The memory limit is [`cgroup::memory`](crate::cgroup::memory), which includes the overhead of the virtual machine. The
@@ -96,6 +96,7 @@ fn limits(resources: &oci::LinuxResources, read: &dyn Fn(&str) -> Option<String>
     if let Some(io) = resources.block_io() {
         disks(io, read, &mut all);
     }
+    huge_pages(resources, read, &mut all);
     let unified = resources.unified().iter().flatten();
     let mut unified: Vec<_> = unified.filter(|(file, _)| is_hosts(file)).collect();
     unified.sort();
@@ -192,6 +193,27 @@ fn disks(io: &oci::LinuxBlockIo, read: &dyn Fn(&str) -> Option<String>, all: &mu
             };
             let (major, minor) = (device.major(), device.minor());
             all.push(("io.max".into(), format!("{major}:{minor} {name}={rate}")));
+        }
+    }
+}
+
+/// Limits of huge pages, for sizes that the host has a limit of. A guest has none of its own.
+fn huge_pages(
+    resources: &oci::LinuxResources,
+    read: &dyn Fn(&str) -> Option<String>,
+    all: &mut Vec<Limit>,
+) {
+    for limit in resources.hugepage_limits().iter().flatten() {
+        let value = match u64::try_from(limit.limit()) {
+            Ok(bytes) => bytes.to_string(),
+            Err(_) => "max".into(),
+        };
+        for kind in ["max", "rsvd.max"] {
+            let file = format!("hugetlb.{}.{kind}", limit.page_size());
+            // A file of this group, not of another one.
+            if !file.contains('/') && read(&file).is_some() {
+                all.push((file, value.clone()));
+            }
         }
     }
 }
@@ -302,6 +324,27 @@ mod tests {
         let bfq = [("io.bfq.weight", "default 100\n")];
         let expected = [("io.bfq.weight", "333"), ("io.bfq.weight", "7:1 444")];
         assert_eq!(of(weights, &bfq), pairs(&expected));
+    }
+
+    #[test]
+    fn huge_pages_are_limited_where_the_host_can() {
+        let limits = json!({"hugepageLimits": [
+            {"pageSize": "2MB", "limit": 2_097_152},
+            {"pageSize": "1GB", "limit": -1},
+            {"pageSize": "../2MB", "limit": 0},
+        ]});
+        let files = [
+            ("hugetlb.2MB.max", "max\n"),
+            ("hugetlb.2MB.rsvd.max", "max\n"),
+            ("hugetlb.1GB.max", "max\n"),
+        ];
+        let expected = [
+            ("hugetlb.2MB.max", "2097152"),
+            ("hugetlb.2MB.rsvd.max", "2097152"),
+            ("hugetlb.1GB.max", "max"),
+        ];
+        assert_eq!(of(limits.clone(), &files), pairs(&expected));
+        assert!(of(limits, &[]).is_empty());
     }
 
     #[test]
