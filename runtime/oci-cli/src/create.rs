@@ -114,8 +114,12 @@ struct CreateParams {
 impl CreateParams {
     fn read(root: &Root, globals: &Globals, args: &CreateArgs) -> Result<Self> {
         state::check_new_id(&args.id)?;
-        let source = Source::of(globals, args)?;
-        let spec = source.read(&args.bundle, &args.id)?;
+        let mut source = Source::of(globals, args)?;
+        let mut spec = source.read(&args.bundle, &args.id)?;
+        if let Some(users) = member::users(root, &spec)? {
+            spec.set_user_mappings(&users);
+            source.users = Some(users);
+        }
         let joins = member::owner(root, &spec)?;
         if joins.is_none() && spec.role(&args.id) != Role::Single {
             bail!(
@@ -281,6 +285,7 @@ fn finish(
 
 fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
     let hooks = spec.take_host_hooks();
+    let users = spec.user_mappings();
     let config = spec.config();
     let root = config.root().as_ref();
     let annotations = config.annotations().iter().flatten();
@@ -300,6 +305,7 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
         hooks,
         process: serde_json::to_value(spec.config().process())?,
         owner: boot.joins.as_ref().map(|joins| joins.sandbox.clone()),
+        users,
     })
 }
 

@@ -3,7 +3,7 @@
 use crate::cli::{CgroupManager, CreateArgs, Globals};
 use crate::state::Stored;
 use anyhow::{Context, Result};
-use koya_tasks::Spec;
+use koya_tasks::{Spec, UserMappings};
 use rustix::process::getgroups;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -22,6 +22,9 @@ pub(crate) struct Source {
     /// The caller's adjustment of its OOM score: that of a process without one of its own, as with runc.
     #[serde(default)]
     oom_score_adj: Option<i32>,
+    /// The mappings of the container whose user namespace it joins.
+    #[serde(default)]
+    pub(crate) users: Option<UserMappings>,
 }
 
 impl Source {
@@ -36,6 +39,7 @@ impl Source {
             config: args.config.as_ref().map(canonical).transpose()?,
             no_cgroup: globals.cgroup_manager == CgroupManager::Disabled,
             oom_score_adj: own_oom_score_adj(),
+            users: None,
         })
     }
 
@@ -51,6 +55,9 @@ impl Source {
         match self.no_cgroup {
             true => spec.drop_cgroup(),
             false => spec.default_cgroup(&format!("koya-runtime/{id}")),
+        }
+        if let Some(users) = &self.users {
+            spec.set_user_mappings(users);
         }
         if let Some(adjustment) = self.oom_score_adj {
             spec.default_oom_score_adj(adjustment);

@@ -9,7 +9,7 @@ use crate::ipc::{ContainerRequest, Request, Response, send_request};
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
 use koya_tasks::hooks::HookContext;
-use koya_tasks::{is_in_user_namespace, user_name};
+use koya_tasks::{UserMappings, is_in_user_namespace, user_name};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -67,6 +67,9 @@ pub(crate) struct Stored {
     /// The container that owns its virtual machine, if that is another one.
     #[serde(default)]
     pub(crate) owner: Option<String>,
+    /// The mappings of its user namespace, for containers that join that.
+    #[serde(default)]
+    pub(crate) users: Option<UserMappings>,
 }
 
 impl Stored {
@@ -446,6 +449,7 @@ pub(crate) mod tests {
             hooks: Hooks::default(),
             process: serde_json::Value::Null,
             owner: None,
+            users: None,
         }
     }
 
