@@ -55,6 +55,7 @@ mod joined_users;
 mod lifecycle;
 mod logger;
 mod machine;
+mod memory_policy;
 mod mounts;
 mod namespaces;
 mod oci_compat;

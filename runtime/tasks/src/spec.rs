@@ -4,6 +4,7 @@ use crate::Error;
 use crate::cgroup;
 use crate::default_users;
 use crate::hooks;
+use crate::memory_policy;
 use crate::namespaces::Network;
 use crate::oci_compat;
 use crate::size::{Limits, PERIOD, milli_cpus};
@@ -51,6 +52,8 @@ impl Spec {
     pub fn read_file(path: &Path) -> Result<Self, Error> {
         let text =
             std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        // Before the library's own errors about modes and flags.
+        memory_policy::check(&text).with_context(|| path.display().to_string())?;
         let spec = oci_compat::read_spec(&text);
         let mut spec = spec.with_context(|| path.display().to_string())?;
         default_users::fill_in(&mut spec);
