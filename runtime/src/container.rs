@@ -414,7 +414,7 @@ impl Container {
     }
 
     /// Changes its limits to those in the `linux.resources` of an OCI configuration; absent limits keep their values. Limits
-    /// that exist only on a host (CPU sets, host disks) are ignored.
+    /// that exist only on a host (its disks, CPUs that the guest does not have) are ignored.
     ///
     /// # Errors
     /// If there are limits of RDMA devices, or the guest fails to.

@@ -56,7 +56,7 @@ fn error(change: impl FnOnce(&mut Value)) -> String {
 fn what_is_the_hosts_becomes_the_guests() {
     let (dir, bundle) = bundle(|spec| {
         spec["linux"]["resources"]["unified"] =
-            json!({"memory.high": "1", "cpuset.cpus": "9", "io.max": "8:0 riops=5"});
+            json!({"memory.high": "1", "cpuset.cpus.partition": "root", "io.max": "8:0 riops=5"});
         spec["mounts"].as_array_mut().unwrap().extend([
             json!({"destination": "/etc/hosts", "type": "bind", "source": "hosts",
                 "options": ["rbind", "ro"]}),
@@ -74,7 +74,7 @@ fn what_is_the_hosts_becomes_the_guests() {
     );
     assert!(!text.contains("apparmor"), "{text}");
     assert!(
-        !text.contains("0-3") && text.contains("\"shares\":2"),
+        text.contains("\"cpus\":\"0-3\"") && text.contains("\"shares\":2"),
         "{text}"
     );
     let unified = r#""unified":{"memory.high":"1"}"#;

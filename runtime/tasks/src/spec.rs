@@ -7,7 +7,7 @@ use crate::hooks;
 use crate::memory_policy;
 use crate::namespaces::Network;
 use crate::oci_compat;
-use crate::size::{Limits, PERIOD, milli_cpus};
+use crate::size::{Limits, PERIOD, milli_cpus, milli_cpus_of_set};
 use anyhow::{Context, anyhow};
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
@@ -187,11 +187,18 @@ impl Spec {
             memory: memory.and_then(|bytes| u64::try_from(bytes).ok()),
             milli_cpus: quota.and_then(|quota| milli_cpus(quota, period.unwrap_or(PERIOD))),
         };
-        Limits {
+        let limits = Limits {
             memory: said.memory.filter(|bytes| *bytes > 0),
             ..said
+        };
+        let limits = limits.or(self.resources());
+        // Those of Kubernetes are shared with other pods, unless there is a quota, too.
+        let set = self.resources().filter(|_| self.role("") == Role::Single);
+        let set = set.and_then(milli_cpus_of_set);
+        Limits {
+            milli_cpus: limits.milli_cpus.or(set),
+            ..limits
         }
-        .or(self.resources())
     }
 
     /// The process whose pid namespace it shares, from a path in /proc.
