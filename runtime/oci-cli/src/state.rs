@@ -23,6 +23,8 @@ use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.json";
 const SOCKET: &str = "socket";
+/// crun's annotations for files that get the output of hooks: standard output, and standard error.
+const HOOK_OUTPUT: [&str; 2] = ["run.oci.hooks.stdout", "run.oci.hooks.stderr"];
 /// Version of the runtime specification for the state.
 pub(crate) const OCI_VERSION: &str = "1.2.0";
 
@@ -78,6 +80,7 @@ impl Stored {
         HookContext {
             directory: &self.bundle,
             network: None,
+            output: HOOK_OUTPUT.map(|name| self.annotations.get(name).map(Path::new)),
         }
     }
 }

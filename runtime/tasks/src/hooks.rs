@@ -90,6 +90,9 @@ pub struct HookContext<'a> {
     pub directory: &'a Path,
     /// The network namespace, if not that of the calling thread.
     pub network: Option<&'a File>,
+    /// Files to which standard output and standard error are appended. Otherwise both are part of the error of a hook that
+    /// fails.
+    pub output: [Option<&'a Path>; 2],
 }
 
 /// Checks hooks before any of them is run. Those of poststop are not: they are run even where one of them fails.
@@ -158,7 +161,7 @@ fn each(
     let run_all = || {
         hooks.iter().enumerate().try_for_each(|(index, hook)| {
             let name = || hook::failure(kind.name(), index, hook);
-            judge(run_one(hook, &state, context.directory).with_context(name))
+            judge(run_one(hook, &state, context).with_context(name))
         })
     };
     let Some(network) = context.network else {
@@ -195,6 +198,7 @@ pub fn run_overdue(id: &str, bundle: &Path) -> Result<(), Error> {
     let context = HookContext {
         directory: bundle,
         network: None,
+        output: [None; 2],
     };
     run_poststop(Kind::Poststop.of(&hooks), &state, context)?;
     Ok(fs::remove_file(due).context("the bundle")?)
@@ -260,6 +264,7 @@ impl TaskSet {
         HookContext {
             directory: root.unwrap_or(&task.bundle),
             network: self.config.host_network.as_ref().filter(|_| !is_inside),
+            output: [None; 2],
         }
     }
 
@@ -273,17 +278,17 @@ fn poststop_marker(task: &Task) -> PathBuf {
     task.bundle.join(POSTSTOP_DUE)
 }
 
-fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<()> {
+fn run_one(hook: &Hook, state: &[u8], context: HookContext<'_>) -> Result<()> {
     let (mut command, limit) = hook::program(hook).map_err(anyhow::Error::msg)?;
     let (mut input, output) = (memory("hook-in")?, memory("hook-out")?);
     input.write_all(state)?;
     input.seek(SeekFrom::Start(0))?;
     let mut child = command
         .process_group(0)
-        .current_dir(directory)
+        .current_dir(context.directory)
         .stdin(input)
-        .stdout(output.try_clone()?)
-        .stderr(output.try_clone()?)
+        .stdout(appended(context.output[0], &output)?)
+        .stderr(appended(context.output[1], &output)?)
         .spawn()
         .context("cannot be run")?;
     let Some(status) = wait(&mut child, limit)? else {
@@ -294,6 +299,15 @@ fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<()> {
         bail!("{status}{}", tail(&output));
     }
     Ok(())
+}
+
+/// A file for the output of a hook: the named one, or `other`.
+fn appended(file: Option<&Path>, other: &File) -> Result<File> {
+    let Some(path) = file else {
+        return Ok(other.try_clone()?);
+    };
+    let opened = File::options().append(true).create(true).open(path);
+    opened.with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Waits for a hook's end; `None` if it took longer than `limit` and was killed.
@@ -350,6 +364,7 @@ mod tests {
         HookContext {
             directory: Path::new("/tmp"),
             network: None,
+            output: [None; 2],
         }
     }
 
@@ -360,6 +375,30 @@ mod tests {
 
     fn is_there(path: &Path) -> bool {
         fs::exists(path).unwrap()
+    }
+
+    #[test]
+    fn output_may_go_to_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let [out, err] = ["out", "err"].map(|name| dir.path().join(name));
+        let context = HookContext {
+            directory: dir.path(),
+            network: None,
+            output: [Some(out.as_path()), Some(err.as_path())],
+        };
+        let hooks = [hook(sh("echo one; echo other >&2"))];
+        for _ in 0..2 {
+            run(Kind::Prestart, &hooks, &state("c"), context).unwrap();
+        }
+        assert_eq!(fs::read_to_string(&out).unwrap(), "one\none\n");
+        assert_eq!(fs::read_to_string(&err).unwrap(), "other\nother\n");
+        let nowhere = dir.path().join("none/out");
+        let context = HookContext {
+            output: [Some(nowhere.as_path()), None],
+            ..context
+        };
+        let error = run(Kind::Prestart, &hooks, &state("c"), context).unwrap_err();
+        assert!(format!("{error:#}").contains("none/out"), "{error:#}");
     }
 
     #[test]
@@ -460,6 +499,7 @@ mod tests {
         let gone = HookContext {
             directory: Path::new("/no/such"),
             network: None,
+            output: [None; 2],
         };
         run_poststop(&hooks, &state("c1"), gone).unwrap();
         assert!(is_there(&dir.path().join("two")));
