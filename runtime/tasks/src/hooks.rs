@@ -141,10 +141,27 @@ pub fn run_poststop(hooks: &[Hook], state: &State, context: HookContext<'_>) -> 
     };
     each(Kind::Poststop, hooks, state, context, |ran| {
         if let Err(error) = ran {
-            log::warn!("{error:#}");
+            log::warn!("{}", poststop_failure(&error));
         }
         Ok(())
     })
+}
+
+/// A hook that ended with an error, and the end of its output.
+#[derive(Debug, thiserror::Error)]
+#[error("{status}{output}")]
+struct Failed {
+    status: ExitStatus,
+    output: String,
+}
+
+/// The warning about a poststop hook, which begins as crun's.
+fn poststop_failure(error: &anyhow::Error) -> String {
+    let failed = error.downcast_ref::<Failed>();
+    match failed.and_then(|failed| failed.status.code()) {
+        Some(code) => format!("poststop hook failed with exit code {code}: {error:#}"),
+        None => format!("{error:#}"),
+    }
 }
 
 fn each(
@@ -296,7 +313,8 @@ fn run_one(hook: &Hook, state: &[u8], context: HookContext<'_>) -> Result<()> {
         bail!("did not end within {limit:?}{}", tail(&output));
     };
     if !status.success() {
-        bail!("{status}{}", tail(&output));
+        let output = tail(&output);
+        return Err(Failed { status, output }.into());
     }
     Ok(())
 }
@@ -485,6 +503,20 @@ mod tests {
         )
         .unwrap();
         assert!(started.elapsed() < Duration::from_secs(25));
+    }
+
+    #[test]
+    fn the_exit_code_of_a_poststop_hook_is_told() {
+        let ran = |script: &str| {
+            let ran = run_one(&hook(sh(script)), b"{}", here()).context("a hook");
+            poststop_failure(&ran.unwrap_err())
+        };
+        let said = ran("echo why; exit 3");
+        assert_eq!(
+            said,
+            "poststop hook failed with exit code 3: a hook: exit status: 3: why"
+        );
+        assert!(ran("kill -9 $$").starts_with("a hook: signal: 9"));
     }
 
     #[test]
