@@ -5,6 +5,7 @@ use crate::places;
 use crate::sys;
 use anyhow::{Context, Result, bail};
 use koya_protocol::ErrorReason;
+use koya_protocol::cpus;
 use koya_protocol::messages::{ContainerStats, DeviceIo, HugePages};
 use libcgroups::common::{
     CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
@@ -188,18 +189,74 @@ pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
         check_memory(&memory, read("memory.current"))?;
         resources.set_memory(Some(with_limit(memory, read("memory.max"))));
     }
+    // A set of the host replaces one that was also the guest's: then all CPUs are allowed here.
+    if has_cpu_sets(&resources) {
+        let online = online_cpus();
+        retain_own_cpus(&mut resources, &online, Some(online.trim()));
+    }
     set(id, &resources)
 }
 
-/// Sets these limits as they are.
+/// Sets these limits, except for CPUs and memory nodes that only the host has.
 pub(crate) fn set(id: &str, resources: &LinuxResources) -> Result<()> {
+    let mut resources = resources.clone();
+    if has_cpu_sets(&resources) {
+        retain_own_cpus(&mut resources, &online_cpus(), None);
+    }
     let wanted = ControllerOpt {
-        resources,
+        resources: &resources,
         disable_oom_killer: false,
         oom_score_adj: None,
         freezer_state: None,
     };
     Ok(create_cgroup_manager(config(id))?.apply(&wanted)?)
+}
+
+fn has_cpu_sets(resources: &LinuxResources) -> bool {
+    let cpu = resources.cpu().as_ref();
+    let mut files = resources.unified().iter().flatten();
+    cpu.is_some_and(|cpu| cpu.cpus().is_some() || cpu.mems().is_some())
+        || files.any(|(file, _)| file.starts_with("cpuset."))
+}
+
+/// The guest's CPUs, as a list of the kernel; empty without control groups for sets of CPUs.
+fn online_cpus() -> String {
+    let controllers = fs::read_to_string(Path::new(ROOT).join("cgroup.controllers"));
+    let is_possible = controllers.is_ok_and(|all| all.split_whitespace().any(|c| c == "cpuset"));
+    let online = is_possible.then(|| fs::read_to_string("/sys/devices/system/cpu/online").ok());
+    online.flatten().unwrap_or_default()
+}
+
+/// Removes sets of CPUs and memory nodes that the guest does not have, as the numbers are those of the host; `other` takes
+/// the place of such a set of CPUs. A guest has one memory node.
+fn retain_own_cpus(resources: &mut LinuxResources, online: &str, other: Option<&str>) {
+    let online = cpus::parse(online).unwrap_or_default();
+    let has_all = |list: &str| {
+        let wanted = cpus::parse(list);
+        wanted.is_ok_and(|wanted| wanted.iter().all(|cpu| online.contains(cpu)))
+    };
+    let other = other.filter(|other| !other.is_empty());
+    let own_cpus = |list: &String| match list.trim().is_empty() || has_all(list) {
+        true => Some(list.clone()).filter(|list| !list.trim().is_empty()),
+        false => other.map(str::to_owned),
+    };
+    let is_own_node = |list: &String| !online.is_empty() && list.trim() == "0";
+    if let Some(mut cpu) = resources.cpu().clone() {
+        let set = cpu.cpus().as_ref().and_then(own_cpus);
+        let nodes = cpu.mems().clone().filter(is_own_node);
+        cpu.set_cpus(set);
+        cpu.set_mems(nodes);
+        resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut files) = resources.unified().clone() {
+        if let Some(list) = files.remove("cpuset.cpus")
+            && let Some(set) = own_cpus(&list)
+        {
+            files.insert("cpuset.cpus".into(), set);
+        }
+        files.retain(|file, value| file != "cpuset.mems" || is_own_node(value));
+        resources.set_unified(Some(files));
+    }
 }
 
 /// Adds the current memory limit to a limit of memory and swap alone, which libcontainer would not set.
@@ -377,6 +434,34 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn sets_of_cpus_are_those_that_the_guest_has() {
+        let of = |cpus: &str, mems: &str, online: &str, other: Option<&str>| {
+            let text = format!(
+                r#"{{"cpu": {{"cpus": "{cpus}", "mems": "{mems}", "shares": 9}},
+                "unified": {{"cpuset.cpus": "{cpus}", "cpuset.mems": "{mems}", "memory.high": "1"}}}}"#
+            );
+            let mut resources: LinuxResources = serde_json::from_str(&text).unwrap();
+            retain_own_cpus(&mut resources, online, other);
+            let files = resources.unified().clone().unwrap();
+            let cpu = resources.cpu().clone().unwrap();
+            assert!(files.contains_key("memory.high") && cpu.shares() == Some(9));
+            assert_eq!(files.get("cpuset.cpus"), cpu.cpus().as_ref());
+            assert_eq!(files.get("cpuset.mems"), cpu.mems().as_ref());
+            (
+                cpu.cpus().clone().unwrap_or_default(),
+                cpu.mems().clone().unwrap_or_default(),
+            )
+        };
+        let pair = |cpus: &str, mems: &str| (cpus.to_owned(), mems.to_owned());
+        assert_eq!(of("0-1", "0", "0-3\n", None), pair("0-1", "0"));
+        assert_eq!(of("2-4", "1", "0-3\n", None), pair("", ""));
+        assert_eq!(of("4", "0-1", "0-3\n", Some("0-3")), pair("0-3", ""));
+        assert_eq!(of("", "", "0", Some("0")), pair("", ""));
+        // A kernel without sets of CPUs.
+        assert_eq!(of("0", "0", "", Some("")), pair("", ""));
     }
 
     #[test]

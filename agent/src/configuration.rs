@@ -265,10 +265,12 @@ pub(crate) fn add_disk(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
     })
 }
 
-/// Adds a device node for every device of the guest, except at paths where the container has a node already.
-pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path) -> Result<()> {
+/// Adds a device node for every device of the guest, with or without terminals, except at paths where the container has a
+/// node already.
+pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path, has_terminals: bool) -> Result<()> {
     let mut found = Vec::new();
     nodes_in(dev, Path::new("/dev"), &mut found)?;
+    found.retain(|node| has_terminals || !is_terminal(node.path()));
     if found
         .iter()
         .any(|node| node.path() == Path::new("/dev/loop-control"))
@@ -279,6 +281,12 @@ pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path) -> Result<()> {
         found.retain(|new| !nodes.iter().any(|node| node.path() == new.path()));
         nodes.append(&mut found);
     })
+}
+
+/// Whether it is a terminal by itself: `/dev/tty` is that of the calling process.
+fn is_terminal(path: &Path) -> bool {
+    let name = path.to_str().and_then(|path| path.strip_prefix("/dev/tty"));
+    name.is_some_and(|rest| !rest.is_empty())
 }
 
 /// Loop devices are created on demand by loop-control, and would then be missing in a container's `/dev`.
@@ -446,7 +454,7 @@ mod tests {
             "major": 1, "minor": 3, "fileMode": 384}]}}"#,
         );
         // The test machine has these.
-        add_guest_devices(&mut spec, Path::new("/dev")).unwrap();
+        add_guest_devices(&mut spec, Path::new("/dev"), false).unwrap();
         let nodes = spec.linux().as_ref().unwrap().devices().clone().unwrap();
         let at = |path: &str| {
             nodes
@@ -461,6 +469,9 @@ mod tests {
         let has_loops = Path::new("/dev/loop-control").exists();
         assert!(!has_loops || at("/dev/loop0") == 1 && at("/dev/loop7") == 1);
         assert!(!nodes.iter().any(|node| node.path().starts_with("/dev/pts")));
+        assert!(!nodes.iter().any(|node| is_terminal(node.path())));
+        let is = |path: &str| is_terminal(Path::new(path));
+        assert!(is("/dev/ttyS0") && is("/dev/tty1") && !is("/dev/tty") && !is("/dev/null"));
         let null = nodes
             .iter()
             .find(|node| node.path() == Path::new("/dev/null"))

@@ -214,7 +214,8 @@ impl State {
             configuration::add_disk(&mut spec, device)?;
         }
         if request.guest_devices {
-            configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
+            let dev = Path::new("/dev");
+            configuration::add_guest_devices(&mut spec, dev, !request.omit_terminals)?;
         }
         if !request.stdio.notify_path.is_empty() {
             let socket = notify::make(id, &mut spec, &request.stdio).await?;

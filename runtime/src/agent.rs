@@ -221,6 +221,7 @@ impl Agent {
             disk_volumes: needs.direct,
             shared_volumes: needs.shared,
             guest_devices: needs.guest_devices,
+            omit_terminals: needs.omit_terminals,
             files: needs.files,
             ..Default::default()
         };

@@ -146,6 +146,7 @@ impl ContainerCreation<'_> {
             .extend(self.attachments.attach(inner, adapted.disks)?);
         resources.volumes = adapted.volumes;
         resources.direct = self.attachments.attach_direct(inner, adapted.direct)?;
+        resources.omit_terminals = adapted.omits_terminals && !resources.guest_devices;
         resources.guest_devices |= adapted.has_guest_devices;
         let process = launch(inner, id, &adapted.spec, resources, streams)?;
         let first = adapted.spec.process().clone().unwrap_or_default();
@@ -421,7 +422,7 @@ impl Container {
     }
 
     /// Changes its limits to those in the `linux.resources` of an OCI configuration; absent limits keep their values. Limits
-    /// that exist only on a host (CPU sets, host disks) are ignored.
+    /// that exist only on a host (its disks, CPUs that the guest does not have) are ignored.
     ///
     /// # Errors
     /// If a limit is invalid or not supported, or the guest fails to.

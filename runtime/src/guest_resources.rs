@@ -13,5 +13,7 @@ pub(crate) struct GuestResources {
     pub(crate) namespaces: SharedNamespaces,
     /// Whether it has a device node for every device of the guest.
     pub(crate) guest_devices: bool,
+    /// Whether terminals are not among these.
+    pub(crate) omit_terminals: bool,
     pub(crate) files: Vec<messages::File>,
 }

@@ -87,7 +87,7 @@ pub use error::{Error, ErrorKind};
 pub use host_view::HostView;
 pub use interface_changes::InterfaceChanges;
 pub use koya_image as image;
-pub use koya_protocol::{hook, is_id};
+pub use koya_protocol::{cpus, hook, is_id};
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::host::process::{enable_core_scheduling, prepare_process};

@@ -55,8 +55,9 @@ const LOG_VARIABLE: &str = "KOYA_LOG";
     name = "koya",
     version,
     arg_required_else_help = true,
-    after_help = "Set KOYA_LOG=koya=info for a more verbose log; KOYA_SHARE, KOYA_KERNEL and \
-                  KOYA_INITRAMFS for the location of the guest kernel and the agent."
+    after_help = "These commands need no container engine; engines such as podman call `koya-runtime`, which has the \
+                  commands of an OCI runtime. Set KOYA_LOG=koya=info for a more verbose log; KOYA_SHARE, \
+                  KOYA_KERNEL and KOYA_INITRAMFS for the location of the guest kernel and the agent."
 )]
 struct Cli {
     #[command(subcommand)]

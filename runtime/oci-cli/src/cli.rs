@@ -21,8 +21,9 @@ use std::path::{Path, PathBuf};
                      USAGE:\n   {usage}\n\n{all-args}{after-help}",
     disable_version_flag = true,
     arg_required_else_help = true,
-    after_help = "The commands and options are runc's. KOYA_SHARE, KOYA_KERNEL and KOYA_INITRAMFS say where the \
-                  guest kernel and the agent are."
+    after_help = "These are the commands of an OCI runtime, for engines such as podman; `koya` has commands of its own, \
+                  for containers without an engine. The commands and options are runc's. KOYA_SHARE, KOYA_KERNEL and \
+                  KOYA_INITRAMFS say where the guest kernel and the agent are."
 )]
 pub(crate) struct Cli {
     #[command(flatten)]

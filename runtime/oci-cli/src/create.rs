@@ -7,7 +7,7 @@ use crate::pidfd::Receiver;
 use crate::preserved::PreservedFds;
 use crate::source::Source;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
-use crate::{Outcome, capabilities, life, logging, member, notify, program};
+use crate::{Outcome, capabilities, life, logging, member, notify, oom, program};
 use anyhow::{Context, Result, bail};
 use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
@@ -127,9 +127,13 @@ struct CreateParams {
 
 impl CreateParams {
     fn read(root: &Root, globals: &Globals, args: &CreateArgs) -> Result<Self> {
-        state::check_id(&args.id)?;
-        let source = Source::of(globals, args)?;
-        let spec = source.read(&args.bundle, &args.id)?;
+        state::check_new_id(&args.id)?;
+        let mut source = Source::of(globals, args)?;
+        let mut spec = source.read(&args.bundle, &args.id)?;
+        if let Some(users) = member::users(root, &spec)? {
+            spec.set_user_mappings(&users);
+            source.users = Some(users);
+        }
         let joins = member::owner(root, &spec)?;
         if joins.is_none() && spec.role(&args.id) != Role::Single {
             bail!(
@@ -185,6 +189,7 @@ fn make(
     let boot = Boot {
         id: args.id.clone(),
         directory: directory.clone(),
+        oom_files: oom::files(&spec, &bundle),
         bundle,
         source,
         is_terminal: console.is_some(),
@@ -306,6 +311,7 @@ fn finish(
 
 fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
     let hooks = spec.take_host_hooks();
+    let users = spec.user_mappings();
     let config = spec.config();
     let root = config.root().as_ref();
     let annotations = config.annotations().iter().flatten();
@@ -326,6 +332,7 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
         process: serde_json::to_value(spec.config().process())?,
         owner: boot.joins.as_ref().map(|joins| joins.sandbox.clone()),
         notifies: boot.notify.is_some(),
+        users,
     })
 }
 
@@ -384,6 +391,7 @@ mod tests {
             preserved: Default::default(),
             notify: None,
             joins: None,
+            oom_files: Vec::new(),
             log: logging::Config::default(),
         };
         let spec = Spec::read(dir.path()).unwrap();

@@ -11,6 +11,7 @@ use koya::ContainerStats;
 use koya_tasks::wire::{Wire, send};
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::fs;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
@@ -62,7 +63,15 @@ fn print(kind: &str, id: &str, data: Option<Value>) -> Result<()> {
 
 fn print_stats(container: &Container) -> Result<()> {
     match send_request(container, Request::Stats)? {
-        Response::Stats(data) => print("stats", &container.stored.id, Some(data)),
+        Response::Stats(mut data) => {
+            let stored = &container.stored;
+            // The group of a container that joined another one's machine has a process that does nothing.
+            if let Some(group) = stored.cgroup.as_ref().filter(|_| stored.owner.is_none()) {
+                let read = |file: &str| fs::read_to_string(group.join(file)).ok();
+                add_pressure(&mut data, &read);
+            }
+            print("stats", &stored.id, Some(data))
+        }
         _ => bail!("the container's process sent an unexpected reply"),
     }
 }
@@ -83,6 +92,32 @@ fn print_ooms(container: &Container) -> Result<Receiver<()>> {
         drop(sender);
     })?;
     Ok(over)
+}
+
+/// Adds the pressure (Linux, accounting/psi) on the sandbox's control group on the host: guest kernels collect none.
+fn add_pressure(data: &mut Value, read: &dyn Fn(&str) -> Option<String>) {
+    for (part, file) in [("cpu", "cpu"), ("memory", "memory"), ("blkio", "io")] {
+        if let Some(text) = read(&format!("{file}.pressure")) {
+            data[part]["psi"] = pressure(&text);
+        }
+    }
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and the same for `full`.
+fn pressure(text: &str) -> Value {
+    let lines = text.lines().filter_map(|line| {
+        let (kind, figures) = line.split_once(' ')?;
+        let figures = figures.split_whitespace().filter_map(|figure| {
+            let (name, value) = figure.split_once('=')?;
+            let value = match name {
+                "total" => json!(value.parse::<u64>().ok()?),
+                _ => json!(value.parse::<f64>().ok()?),
+            };
+            Some((name.to_owned(), value))
+        });
+        Some((kind.to_owned(), Value::Object(figures.collect())))
+    });
+    Value::Object(lines.collect())
 }
 
 /// The statistics in the format of go-runc (`Stats`).
@@ -127,6 +162,22 @@ fn pids_limit(limit: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pressure_is_that_of_the_hosts_group() {
+        let mut stats = data(&ContainerStats::default());
+        let before = stats.clone();
+        add_pressure(&mut stats, &|_: &str| None);
+        assert_eq!(stats, before);
+        let text = "some avg10=1.50 avg60=0.00 avg300=0.02 total=123\nfull avg10=0.00 total=9\n";
+        add_pressure(&mut stats, &|file: &str| {
+            (file != "memory.pressure").then(|| text.to_owned())
+        });
+        let some = json!({"avg10": 1.5, "avg60": 0.0, "avg300": 0.02, "total": 123});
+        assert_eq!(stats["cpu"]["psi"]["some"], some);
+        assert_eq!(stats["blkio"]["psi"]["full"]["total"], 9);
+        assert!(stats["memory"]["psi"].is_null() && !stats["memory"]["usage"].is_null());
+    }
 
     #[test]
     fn figures_have_runcs_units() {

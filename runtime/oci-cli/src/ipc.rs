@@ -32,6 +32,9 @@ pub(crate) struct Boot {
     pub(crate) notify: Option<String>,
     /// The container whose virtual machine it joins.
     pub(crate) joins: Option<SandboxMembership>,
+    /// Files to create if the container has an OOM kill.
+    #[serde(default)]
+    pub(crate) oom_files: Vec<PathBuf>,
     pub(crate) log: logging::Config,
 }
 
@@ -57,6 +60,9 @@ pub(crate) struct Create {
     /// As in [`Boot`].
     #[serde(default)]
     pub(crate) notify: Option<String>,
+    /// Files to create if the container has an OOM kill.
+    #[serde(default)]
+    pub(crate) oom_files: Vec<PathBuf>,
 }
 
 /// A request of a command.
@@ -80,7 +86,7 @@ pub(crate) enum Request {
         until_ready: bool,
     },
     /// Create a container. Sizes of its terminal and signals follow; if the connection breaks, it is killed.
-    Create(Create),
+    Create(Box<Create>),
     /// Run a process; its streams are attached. Sizes of its terminal and signals follow; if the connection breaks, it is
     /// killed.
     Exec {

@@ -18,6 +18,7 @@ mod logging;
 mod member;
 mod notifier;
 mod notify;
+mod oom;
 mod pidfd;
 mod preserved;
 mod program;

@@ -20,6 +20,11 @@ use std::time::{Duration, Instant};
 
 /// Time limit for a sandbox to end by itself once its container was killed: the guest flushes its disks meanwhile.
 const GONE_LIMIT: Duration = Duration::from_secs(30);
+/// Time for which a deletion waits for a container to stop, which takes longer than with a process of the host: callers
+/// that have just killed it expect it to be gone.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
+/// Interval between checks whether it has.
+const LOOK: Duration = Duration::from_millis(20);
 /// Time limit for the kernel to notice that a control group is empty.
 const GROUP_LIMIT: Duration = Duration::from_secs(2);
 
@@ -97,7 +102,7 @@ pub(crate) fn delete(root: &Root, args: &DeleteArgs) -> Outcome {
         }
         Ok(locked) => locked,
     };
-    match container.status() {
+    match settled(|| container.status(), STOP_LIMIT) {
         Status::Stopped | Status::Created => remove(&container)?,
         status => bail!(
             "cannot delete container {} that is not stopped: {status}",
@@ -105,6 +110,17 @@ pub(crate) fn delete(root: &Root, args: &DeleteArgs) -> Outcome {
         ),
     }
     Ok(0)
+}
+
+/// The status of a container, once it does not run any more, or after this time.
+fn settled(status: impl Fn() -> Status, limit: Duration) -> Status {
+    let started = Instant::now();
+    loop {
+        match status() {
+            Status::Running if started.elapsed() < limit => std::thread::sleep(LOOK),
+            status => return status,
+        }
+    }
 }
 
 /// Deletes a container in any state. A missing one is not an error.
@@ -246,6 +262,24 @@ mod tests {
         assert_eq!(delete("c"), "container does not exist: c");
         assert!(!directory.exists());
         assert!(delete("..").contains("invalid container ID"));
+    }
+
+    #[test]
+    fn a_deletion_waits_for_a_container_that_is_stopping() {
+        use std::cell::Cell;
+        let asked = Cell::new(0);
+        let of = |then: Status, limit: u64| {
+            asked.set(0);
+            let status = || match asked.replace(asked.get() + 1) {
+                0..2 => Status::Running,
+                _ => then,
+            };
+            settled(status, Duration::from_millis(limit))
+        };
+        assert_eq!(of(Status::Stopped, 10_000), Status::Stopped);
+        assert_eq!(of(Status::Stopped, 0), Status::Running);
+        assert_eq!(asked.get(), 1);
+        assert_eq!(of(Status::Paused, 10_000), Status::Paused);
     }
 
     #[test]

@@ -12,10 +12,10 @@ use crate::signal::PASSED;
 use crate::state::{self, Container, Root, Stored};
 use anyhow::{Context, Result, bail};
 use koya::Settings;
-use koya::oci_spec::runtime::LinuxNamespaceType;
+use koya::oci_spec::runtime::LinuxNamespaceType::{self, User};
 use koya::vmm::host::sys::unshare_fs_state;
 use koya_tasks::wire::{Wire, send};
-use koya_tasks::{CreateTask, PidHolder, SandboxMembership, Spec};
+use koya_tasks::{CreateTask, PidHolder, SandboxMembership, Spec, UserMappings};
 use nix::sched::{CloneFlags, setns};
 use signal_hook::iterator::Signals;
 use std::fs::File;
@@ -81,6 +81,36 @@ fn joins<'a>(
     }
 }
 
+/// The mappings of the user namespace of a container in another virtual machine, if the configuration names that one. A
+/// namespace of a container in the same one is left to [`owner`].
+///
+/// # Errors
+/// If the stored containers can't be read.
+pub(crate) fn users(root: &Root, spec: &Spec) -> Result<Option<UserMappings>> {
+    let named = spec.named_processes();
+    if !root.path.exists() || named.iter().all(|(kind, _)| *kind != User) {
+        return Ok(None);
+    }
+    let all = root.all()?;
+    Ok(users_among(&named, |pid| {
+        let mut found = all.iter().filter(|c| c.is_alive());
+        let found = found.find(|container| container.stored.pid == pid as i32);
+        found.map(|container| &container.stored)
+    }))
+}
+
+fn users_among<'a>(
+    named: &[(LinuxNamespaceType, u32)],
+    find: impl Fn(u32) -> Option<&'a Stored>,
+) -> Option<UserMappings> {
+    let is_other = |(kind, pid): &(LinuxNamespaceType, u32)| *kind != User && find(*pid).is_some();
+    if named.iter().any(is_other) {
+        return None;
+    }
+    let (_, pid) = named.iter().find(|(kind, _)| *kind == User)?;
+    find(*pid)?.users.clone()
+}
+
 /// The main function of the process that represents such a container; returns its exit status.
 pub(crate) fn run_member(
     boot: &Boot,
@@ -126,7 +156,7 @@ fn ask_for(
     let machine = owner.connect()?;
     let asked = ContainerRequest {
         id: boot.id.clone(),
-        request: Request::Create(Create {
+        request: Request::Create(Box::new(Create {
             directory: boot.directory.clone(),
             bundle: boot.bundle.clone(),
             source: boot.source.clone(),
@@ -134,7 +164,8 @@ fn ask_for(
             is_own_terminal: boot.is_own_terminal,
             preserved: boot.preserved,
             notify: boot.notify.clone(),
-        }),
+            oom_files: boot.oom_files.clone(),
+        })),
     };
     let mounts =
         File::open("/proc/thread-self/ns/mnt").context("cannot open the mount namespace")?;
@@ -180,6 +211,7 @@ pub(crate) fn create(
     send(stream, &Response::Done, &[]).ok();
     follow(wire, served.clone(), id.clone(), String::new())?;
     let exit = tasks.wait(&id, "");
+    served.show_oom(&id, &create.oom_files);
     // Its root must be free once its end is reported.
     if let Err(error) = tasks.delete(&id, "") {
         log::warn!("{id}: {error}");
@@ -197,7 +229,31 @@ fn enter_mounts(namespace: &OwnedFd) -> Result<()> {
 mod tests {
     use super::*;
     use crate::state::tests::stored;
-    use LinuxNamespaceType::{Ipc, Network, Pid, User, Uts};
+    use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
+
+    #[test]
+    fn the_user_namespace_of_another_machine_is_one_with_its_mappings() {
+        let linux = serde_json::json!({"namespaces": [{"type": "user"}],
+            "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}]});
+        let config = serde_json::json!({"ociVersion": "1.2.0", "linux": linux});
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let (mut mapped, plain) = (stored("mapped"), stored("plain"));
+        mapped.users = Spec::read(dir.path()).unwrap().user_mappings();
+        assert!(mapped.users.is_some());
+        let find = |pid| match pid {
+            1 => Some(&mapped),
+            2 => Some(&plain),
+            _ => None,
+        };
+        let of = |named: &[(LinuxNamespaceType, u32)]| users_among(named, find);
+        assert_eq!(of(&[(User, 1)]), mapped.users);
+        assert_eq!(of(&[(User, 1), (Network, 9)]), mapped.users);
+        // It has none, is not known, or has the other one in the same machine.
+        for named in [&[(User, 2)][..], &[(User, 9)], &[(User, 1), (Network, 1)]] {
+            assert_eq!(of(named), None, "{named:?}");
+        }
+    }
 
     #[test]
     fn whose_virtual_machine_is_joined_is_told_by_pids() {

@@ -7,8 +7,11 @@ use koya_tasks::Preserved;
 use koya_tasks::wire::send;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use serde::{Deserialize, Serialize};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 /// Number of the first one.
 const FIRST: usize = 3;
@@ -22,27 +25,21 @@ pub(crate) struct Count {
 }
 
 impl Count {
-    fn of(command: &Command, variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+    /// Those that a command line asks for.
+    fn of(command: &Command, variable: impl Fn(&str) -> Option<String>) -> Self {
         let wanted = match command {
             Command::Create(args) => args.preserve_fds,
             Command::Run(args) => args.create.preserve_fds,
             Command::Exec(args) => args.preserve_fds,
-            _ => return Ok(Self::default()),
+            _ => return Self::default(),
         };
         let number = |name: &str| variable(name)?.parse::<u32>().ok();
         let is_ours = number("LISTEN_PID") == Some(std::process::id());
         let activated = number("LISTEN_FDS").filter(|_| is_ours).unwrap_or(0);
-        let all = wanted as usize + activated as usize;
-        if all > Preserved::MAX {
-            bail!(
-                "--preserve-fds {wanted}: a process can have no more than {} of them",
-                Preserved::MAX
-            );
-        }
-        Ok(Self {
-            all,
+        Self {
+            all: wanted as usize + activated as usize,
             activated: activated as usize,
-        })
+        }
     }
 
     /// The environment variables of an activated process, as set by runc.
@@ -64,25 +61,35 @@ pub(crate) struct PreservedFds {
 impl PreservedFds {
     /// Takes them over, before anything is opened that could get their numbers.
     ///
+    /// Like crun, it leaves out numbers that are not open; one before an open one is `/dev/null`.
+    ///
     /// # Errors
-    /// The descriptor that is not open, or can't be forwarded.
+    /// The descriptor that can't be forwarded, or if there are too many.
     pub(crate) fn take(command: &Command) -> Result<Self> {
-        let count = Count::of(command, |name| std::env::var(name).ok())?;
+        let mut count = Count::of(command, |name| std::env::var(name).ok());
         if count.all == 0 {
             return Ok(Self::default());
         }
+        let open = open_numbers(FIRST + count.all)?;
+        let end = open.last().map_or(FIRST, |last| last + 1);
+        count.all = end - FIRST;
+        if count.all > Preserved::MAX {
+            bail!(
+                "--preserve-fds: descriptor {} is open, and a process can have no more than {} of them",
+                end - 1,
+                Preserved::MAX
+            );
+        }
         let own = pidfd_open(getpid(), PidfdFlags::empty())?;
-        let not_open = own.as_raw_fd();
         let mut fds = Vec::new();
-        for number in FIRST..FIRST + count.all {
-            let number = number as i32;
-            let taken = match number == not_open {
-                true => Err(rustix::io::Errno::BADF),
-                false => pidfd_getfd(&own, number, PidfdGetfdFlags::empty()),
+        for number in FIRST..end {
+            let fd = match open.contains(&number) {
+                true => pidfd_getfd(&own, number as i32, PidfdGetfdFlags::empty())
+                    .with_context(|| format!("descriptor {number} to preserve"))?,
+                false => File::open("/dev/null")?.into(),
             };
-            let fd = taken.with_context(|| format!("descriptor {number} to preserve"))?;
             // Only a check: it is taken over by the receiving process.
-            Preserved::new(number as usize, fd.try_clone()?)?;
+            Preserved::new(number, fd.try_clone()?)?;
             fds.push(fd);
         }
         Ok(Self { count, fds })
@@ -108,6 +115,20 @@ impl PreservedFds {
     }
 }
 
+/// The numbers of open descriptors, from the first inherited one.
+fn open_numbers(below: usize) -> Result<BTreeSet<usize>> {
+    const OWN: &str = "/proc/self/fd";
+    let entries = fs::read_dir(OWN).context("cannot list the descriptors to preserve")?;
+    let numbers = entries.flatten().filter_map(|entry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        (FIRST..below).contains(&number).then_some(number)
+    });
+    let mut numbers: BTreeSet<_> = numbers.collect();
+    // That of the directory itself is closed by now.
+    numbers.retain(|number| Path::new(OWN).join(number.to_string()).is_symlink());
+    Ok(numbers)
+}
+
 /// Splits off the inherited descriptors at the end of a list.
 ///
 /// # Errors
@@ -125,8 +146,9 @@ pub(crate) fn split(fds: &mut Vec<OwnedFd>, count: Count) -> Result<Vec<Preserve
 mod tests {
     use super::*;
     use crate::cli::Cli;
+    use std::os::fd::AsRawFd;
 
-    fn count(line: &str, environment: &[(&str, u32)]) -> Result<Count> {
+    fn count(line: &str, environment: &[(&str, u32)]) -> Count {
         let words = std::iter::once("koya-runtime").chain(line.split_whitespace());
         let cli = Cli::read(words.map(Into::into)).unwrap();
         Count::of(&cli.command, |name| {
@@ -138,8 +160,7 @@ mod tests {
     #[test]
     fn those_of_systemd_are_counted_where_they_are_ours() {
         let own = std::process::id();
-        let of =
-            |line: &str, pid: u32| count(line, &[("LISTEN_FDS", 2), ("LISTEN_PID", pid)]).unwrap();
+        let of = |line: &str, pid: u32| count(line, &[("LISTEN_FDS", 2), ("LISTEN_PID", pid)]);
         let both = of("run --preserve-fds 3 c", own);
         assert_eq!((both.all, both.activated), (5, 2));
         assert_eq!(both.environment(), ["LISTEN_FDS=2", "LISTEN_PID=1"]);
@@ -147,7 +168,18 @@ mod tests {
         assert_eq!((others.all, others.activated), (3, 0));
         assert!(others.environment().is_empty());
         assert_eq!(of("state c", own).all, 0);
-        assert!(count("create --preserve-fds 65 c", &[]).is_err());
+        assert_eq!(count("create --preserve-fds 100 c", &[]).all, 100);
+    }
+
+    #[test]
+    fn only_open_descriptors_are_found() {
+        let open = File::open("/dev/null").unwrap();
+        let number = open.as_raw_fd() as usize;
+        let all = |below: usize| open_numbers(below).unwrap();
+        assert!(all(number + 1).contains(&number));
+        assert!(!all(number).contains(&number));
+        assert!(all(FIRST).is_empty());
+        assert!(!all(usize::MAX).iter().any(|number| *number < FIRST));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::preserved::{self, Count};
 use crate::signal::PASSED;
 use crate::source::Source;
 use crate::state::{self, Status};
-use crate::{Outcome, events, member};
+use crate::{Outcome, events, member, oom};
 use anyhow::{Context, Result, anyhow, bail};
 use koya::Settings;
 use koya_tasks::wire::{Wire, send};
@@ -27,7 +27,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
@@ -98,6 +98,15 @@ pub(crate) struct ServerState {
     terminal: Option<OwnedFd>,
     pub(crate) notifiers: Notifiers,
     next_exec: AtomicU64,
+}
+
+impl ServerState {
+    /// Creates these files if a container that has ended had an OOM kill.
+    pub(crate) fn show_oom(&self, id: &str, files: &[PathBuf]) {
+        if self.told.ooms(id) > 0 {
+            oom::create(files);
+        }
+    }
 }
 
 pub(crate) fn serve() -> Outcome {
@@ -237,7 +246,7 @@ fn run(
         notifiers,
         next_exec: AtomicU64::new(0),
     });
-    listen(listener, served)?;
+    listen(listener, served.clone())?;
     send(stream, &Response::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
         finish(&tasks, &boot.directory);
@@ -246,6 +255,7 @@ fn run(
     let exit = receiver
         .recv()
         .context("no exit of the container was reported")?;
+    served.show_oom(&boot.id, &boot.oom_files);
     finish(&tasks, &boot.directory);
     Ok(exit.status as u8)
 }
@@ -409,7 +419,7 @@ fn carry_out(stream: &UnixStream, served: &Arc<ServerState>) -> Result<Response>
             return exec(stream, wire, served, task);
         }
         Request::Create(create) => {
-            return member::create(stream, wire, served, id.to_owned(), create, fds);
+            return member::create(stream, wire, served, id.to_owned(), *create, fds);
         }
         Request::Resize(..) | Request::Signal(_) => bail!("this connection has no process"),
     }

@@ -3,7 +3,7 @@
 use crate::cli::{CgroupManager, CreateArgs, Globals};
 use crate::state::Stored;
 use anyhow::{Context, Result};
-use koya_tasks::Spec;
+use koya_tasks::{Spec, UserMappings};
 use rustix::process::getgroups;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -19,6 +19,12 @@ pub(crate) struct Source {
     config: Option<PathBuf>,
     /// Whether the sandbox's process stays in the control group of its caller.
     no_cgroup: bool,
+    /// The caller's adjustment of its OOM score: that of a process without one of its own, as with runc.
+    #[serde(default)]
+    oom_score_adj: Option<i32>,
+    /// The mappings of the container whose user namespace it joins.
+    #[serde(default)]
+    pub(crate) users: Option<UserMappings>,
 }
 
 impl Source {
@@ -32,6 +38,8 @@ impl Source {
         Ok(Self {
             config: args.config.as_ref().map(canonical).transpose()?,
             no_cgroup: globals.cgroup_manager == CgroupManager::Disabled,
+            oom_score_adj: own_oom_score_adj(),
+            users: None,
         })
     }
 
@@ -48,12 +56,24 @@ impl Source {
             true => spec.drop_cgroup(),
             false => spec.default_cgroup(&format!("koya-runtime/{id}")),
         }
+        if let Some(users) = &self.users {
+            spec.set_user_mappings(users);
+        }
+        if let Some(adjustment) = self.oom_score_adj {
+            spec.default_oom_score_adj(adjustment);
+        }
         if keeps_groups(spec.annotation(KEEP_GROUPS)) {
             let groups = getgroups().context("cannot read the groups of this process")?;
             spec.set_groups(groups.into_iter().map(|gid| gid.as_raw()).collect());
         }
         Ok(spec)
     }
+}
+
+/// proc_pid_oom_score_adj(5).
+fn own_oom_score_adj() -> Option<i32> {
+    let text = std::fs::read_to_string("/proc/self/oom_score_adj").ok()?;
+    text.trim().parse().ok()
 }
 
 fn keeps_groups(annotation: Option<&str>) -> bool {
@@ -120,6 +140,21 @@ mod tests {
         }
         assert_eq!(group(&[]), Some("/own".into()));
         assert_eq!(group(&["--cgroup-manager=disabled"]), None);
+    }
+
+    #[test]
+    fn the_callers_oom_score_is_the_default() {
+        let adjustment = |process: Value| {
+            let config = json!({"ociVersion": "1.2.0", "process": process});
+            let spec = read(&["create", "c"], bundle(&config).path()).unwrap();
+            spec.config().process().as_ref().unwrap().oom_score_adj()
+        };
+        let process = json!({"cwd": "/", "args": ["sh"]});
+        assert_eq!(adjustment(process.clone()), own_oom_score_adj());
+        assert!(own_oom_score_adj().is_some());
+        let mut own = process;
+        own["oomScoreAdj"] = 77.into();
+        assert_eq!(adjustment(own), Some(77));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::ipc::{ContainerRequest, Request, Response, send_request};
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
 use koya_tasks::hooks::HookContext;
-use koya_tasks::{is_in_user_namespace, user_name};
+use koya_tasks::{UserMappings, is_in_user_namespace, user_name};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -23,6 +23,8 @@ use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.json";
 const SOCKET: &str = "socket";
+/// crun's annotations for files that get the output of hooks: standard output, and standard error.
+const HOOK_OUTPUT: [&str; 2] = ["run.oci.hooks.stdout", "run.oci.hooks.stderr"];
 /// Version of the runtime specification for the state.
 pub(crate) const OCI_VERSION: &str = "1.2.0";
 
@@ -70,6 +72,9 @@ pub(crate) struct Stored {
     /// Whether it has a socket for messages to a service manager.
     #[serde(default)]
     pub(crate) notifies: bool,
+    /// The mappings of its user namespace, for containers that join that.
+    #[serde(default)]
+    pub(crate) users: Option<UserMappings>,
 }
 
 impl Stored {
@@ -78,6 +83,7 @@ impl Stored {
         HookContext {
             directory: &self.bundle,
             network: None,
+            output: HOOK_OUTPUT.map(|name| self.annotations.get(name).map(Path::new)),
         }
     }
 }
@@ -201,10 +207,16 @@ impl Root {
     }
 }
 
-/// With the messages of runc.
+/// With the messages of runc, and after them that of crun for a character.
 pub(crate) fn check_id(id: &str) -> Result<()> {
     if id.is_empty() {
         bail!("container id cannot be empty");
+    }
+    let is_usual = |c: &char| c.is_ascii_alphanumeric() || "_+-.".contains(*c);
+    if let Some(other) = id.chars().find(|c| !is_usual(c)) {
+        bail!(
+            "invalid container ID format: invalid character `{other}` in the container ID `{id}`"
+        );
     }
     if !koya::is_id(id) {
         bail!("invalid container ID format: {id}");
@@ -228,6 +240,14 @@ fn check_own(directory: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The same for a new container. Like crun, refuses a dot at the beginning, which hides the container's directory.
+pub(crate) fn check_new_id(id: &str) -> Result<()> {
+    if id.starts_with('.') {
+        bail!("invalid container ID format: {id}");
+    }
+    check_id(id)
 }
 
 /// A lock on a container's directory.
@@ -488,6 +508,7 @@ pub(crate) mod tests {
             process: serde_json::Value::Null,
             owner: None,
             notifies: false,
+            users: None,
         }
     }
 
@@ -497,6 +518,21 @@ pub(crate) mod tests {
         assert_eq!(user_name(users, 1000), Some("me"));
         assert_eq!(user_name(users, 1001), None);
         assert_eq!(owner(u32::MAX - 2), format!("#{}", u32::MAX - 2));
+    }
+
+    #[test]
+    fn names_are_those_of_runc_without_a_dot_first() {
+        for id in ["a", "a.b", "_x", "A-1_+.b"] {
+            assert!(check_new_id(id).is_ok(), "{id}");
+        }
+        assert!(check_id(".foo").is_ok(), "one of an earlier version");
+        for id in [".", "..", ".foo", "foo bar", "this/is", "é"] {
+            let said = check_new_id(id).unwrap_err().to_string();
+            assert!(said.starts_with("invalid container ID format: "), "{said}");
+        }
+        let said = check_id("this/is").unwrap_err().to_string();
+        assert!(said.ends_with("invalid character `/` in the container ID `this/is`"));
+        assert!(check_id("").is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Device nodes and device rules: disks of the host, and the guest's own devices.
 
 use crate::Error;
-use oci_spec::runtime::{self as oci, LinuxDeviceType};
+use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType};
 use rustix::fs::FileType;
 use std::fs;
 use std::io;
@@ -106,9 +106,29 @@ pub(super) struct Adapted {
     pub(super) disks: Vec<HostDisk>,
     /// Whether it requests all devices of the host: it then gets all devices of the guest.
     pub(super) lists_the_hosts: bool,
+    /// Whether it lists none of the host's terminals, as podman does for a container with systemd, which would start a
+    /// login on each.
+    pub(super) omits_terminals: bool,
 }
 
-/// Reduces a configuration to the guest's own device nodes.
+/// Whether it is a terminal by itself: `/dev/tty` is that of the calling process.
+fn is_terminal(device: &oci::LinuxDevice) -> bool {
+    let path = device.path().to_str();
+    let name = path.and_then(|path| path.strip_prefix("/dev/tty"));
+    name.is_some_and(|rest| !rest.is_empty())
+}
+
+/// Whether the host has no device with the number of this one. Without sysfs it counts as having all.
+fn is_nowhere(device: &oci::LinuxDevice) -> bool {
+    let all = match device.typ() {
+        LinuxDeviceType::B => "/sys/dev/block",
+        _ => "/sys/dev/char",
+    };
+    let number = format!("{}:{}", device.major(), device.minor());
+    Path::new(all).is_dir() && !Path::new(all).join(number).exists()
+}
+
+/// Reduces a configuration to the guest's own device nodes, and those of devices that exist nowhere: nodes alone.
 ///
 /// # Errors
 /// The device that a guest does not have, or that can't be made in a read-only root.
@@ -122,8 +142,14 @@ pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapte
         };
         rules.into_iter().any(all)
     });
+    // With a user namespace nodes are those of the guest's /dev, bound to their places.
+    let mut namespaces = linux.namespaces().iter().flatten();
+    let has_users = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User);
     let mut devices = Vec::new();
-    let mut adapted = Adapted::default();
+    let mut adapted = Adapted {
+        omits_terminals: !linux.devices().iter().flatten().any(is_terminal),
+        ..Adapted::default()
+    };
     for device in linux.devices().iter().flatten().map(in_the_root) {
         let number = (device.major(), device.minor());
         let is_pipe = matches!(device.typ(), LinuxDeviceType::P);
@@ -137,7 +163,9 @@ pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapte
         // one of its nodes on the host.
         let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
         let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
-        if is_pipe || is_character && guest_node(number).is_some() {
+        let is_guests = is_character && guest_node(number).is_some();
+        let is_node_alone = || !all_allowed && !has_users && is_nowhere(&device);
+        if is_pipe || is_guests || is_node_alone() {
             if is_read_only && !device.path().starts_with("/dev") {
                 let path = device.path().display();
                 let reason = format!("{path}: it can't be made outside /dev in a read-only root");
@@ -169,7 +197,8 @@ pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapte
 fn in_the_root(device: &oci::LinuxDevice) -> oci::LinuxDevice {
     let mut device = device.clone();
     let path = Path::new("/").join(device.path());
-    device.set_path(path);
+    // Without a slash at its end.
+    device.set_path(path.components().collect());
     device
 }
 

@@ -20,6 +20,7 @@ pub(crate) mod process;
 mod seccomp;
 mod shares;
 mod tmpfs;
+mod unified;
 mod users;
 mod valid;
 
@@ -53,6 +54,8 @@ pub(crate) struct Adapted {
     pub(crate) disks: Vec<HostDisk>,
     /// Whether it has a device node for every device of the guest.
     pub(crate) has_guest_devices: bool,
+    /// Whether terminals are not among these.
+    pub(crate) omits_terminals: bool,
     /// Volumes with file systems that the guest mounts, by mount number.
     pub(crate) direct: Vec<(u32, GuestVolume)>,
     /// Mount points in a root that is a directory, each with a flag for files (`None`: either); and the working directory
@@ -145,6 +148,7 @@ pub(crate) fn adapt(
         volumes: mounts.volumes,
         disks: devices.disks,
         has_guest_devices: devices.lists_the_hosts,
+        omits_terminals: devices.omits_terminals,
         direct: mounts.direct,
         mount_points,
         links,
@@ -274,8 +278,8 @@ fn root_propagation(wanted: &str) -> Result<String, Error> {
     }
 }
 
-/// Reduces limits to those that the guest's control groups support. Its CPUs, disks and huge pages are not the host's;
-/// limits for CPUs and disks of the host are those of the sandbox's control group.
+/// Reduces limits to those that the guest's control groups support. Its disks and huge pages are not the host's; limits for
+/// those of the host are those of the sandbox's control group. Of sets of CPUs the guest takes those that it has.
 pub(crate) fn retain_guest_limits(resources: &mut oci::LinuxResources) {
     resources.set_block_io(None);
     resources.set_network(None);
@@ -293,15 +297,16 @@ pub(crate) fn retain_guest_limits(resources: &mut oci::LinuxResources) {
         let mut cpu = *Box::new(cpu.clone());
         cpu.set_quota(cpu.quota().filter(|quota| *quota != 0));
         cpu.set_period(cpu.period().filter(|period| *period != 0));
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
         cpu.set_realtime_period(None);
         cpu.set_realtime_runtime(None);
         resources.set_cpu(Some(cpu));
     }
     if let Some(mut files) = resources.unified().clone() {
         let controllers = ["cpuset.", "io.", "hugetlb."];
-        files.retain(|file, _| !controllers.iter().any(|name| file.starts_with(name)));
+        let sets = ["cpuset.cpus", "cpuset.mems"];
+        files.retain(|file, _| {
+            sets.contains(&file.as_str()) || !controllers.iter().any(|name| file.starts_with(name))
+        });
         resources.set_unified(Some(files));
     }
 }

@@ -1,7 +1,7 @@
 //! Configurations that are invalid whatever the guest is like: refused before there is one. Wordings are those of runc,
 //! where it has any.
 
-use super::namespaces;
+use super::{namespaces, unified};
 use crate::Error;
 use oci_spec::runtime::{
     LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources, LinuxSchedulerPolicy, Process, Spec,
@@ -113,32 +113,54 @@ fn check_scheduler(process: &Process) -> Result<(), Error> {
         return wrong("only SCHED_DEADLINE has a runtime, a deadline and a period");
     }
     match policy == LinuxSchedulerPolicy::SchedDeadline {
-        true => check_deadline(times.map(|time| time.unwrap_or(0))),
+        true => check_deadline(times.map(|time| *time)),
         false => Ok(()),
     }
 }
 
 /// The rules of sched(7), and the ranges of the kernel (Linux, kernel/sched/deadline.c): times in nanoseconds. A period of 0
-/// is that of the deadline.
-fn check_deadline([runtime, deadline, period]: [u64; 3]) -> Result<(), Error> {
-    const LEAST: u64 = 1 << 10;
-    const MOST: u64 = i64::MAX as u64;
-    let reason = match (runtime, deadline) {
-        (0, _) => "SCHED_DEADLINE needs a runtime".to_owned(),
-        (_, 0) => "SCHED_DEADLINE needs a deadline".to_owned(),
-        _ if runtime < LEAST => format!("the runtime {runtime} is below {LEAST} ns"),
-        _ if deadline > MOST || period > MOST => {
-            format!("a deadline or period is above {MOST} ns")
-        }
-        _ if runtime > deadline => {
-            format!("the runtime {runtime} is longer than the deadline {deadline}")
-        }
-        _ if period != 0 && deadline > period => {
-            format!("the deadline {deadline} is longer than the period {period}")
-        }
-        _ => return Ok(()),
+/// is that of the deadline. The wording is crun's, since runc has none.
+fn check_deadline([runtime, deadline, period]: [Option<u64>; 3]) -> Result<(), Error> {
+    const TIMES: std::ops::RangeInclusive<u64> = 1 << 10..=i64::MAX as u64;
+    let wrong = |what: String| {
+        let reason = format!("sched_setattr: `SCHED_DEADLINE` {what}");
+        Err(Error::invalid("process.scheduler", reason))
     };
-    Err(Error::invalid("process.scheduler", reason))
+    let needed = |name: &str, time: Option<u64>| match time {
+        None => Err(format!("requires `{name}`")),
+        Some(0) => Err(format!("{name} must be greater than 0")),
+        Some(time) => Ok(time),
+    };
+    let both = needed("runtime", runtime).and_then(|r| Ok((r, needed("deadline", deadline)?)));
+    let (runtime, deadline) = match both {
+        Ok(both) => both,
+        Err(what) => return wrong(what),
+    };
+    let period = period.filter(|period| *period != 0).unwrap_or(deadline);
+    if runtime > deadline {
+        return wrong(format!(
+            "runtime ({runtime}) must be <= deadline ({deadline})"
+        ));
+    }
+    if deadline > period {
+        return wrong(format!(
+            "deadline ({deadline}) must be <= period ({period})"
+        ));
+    }
+    let all = [
+        ("runtime", runtime),
+        ("deadline", deadline),
+        ("period", period),
+    ];
+    match all.into_iter().find(|(_, time)| !TIMES.contains(time)) {
+        Some((name, time)) => {
+            let (least, most) = (TIMES.start(), TIMES.end());
+            wrong(format!(
+                "{name} ({time}) must be between {least} and {most}"
+            ))
+        }
+        None => Ok(()),
+    }
 }
 
 fn check_names(spec: &Spec) -> Result<(), Error> {
@@ -261,19 +283,7 @@ pub fn check_resources(resources: &LinuxResources) -> Result<(), Error> {
         check_cpu(cpu)?;
     }
     check_rdma(resources)?;
-    let files = resources.unified().iter().flatten();
-    for (file, _) in files {
-        let reason = match (file.contains('/'), file.split_once('.')) {
-            (true, _) => "must be a file name (no slashes)",
-            (false, Some((controller, name))) if !controller.is_empty() && !name.is_empty() => {
-                continue;
-            }
-            (false, _) => "has not the form CONTROLLER.NAME",
-        };
-        let reason = format!("{file:?} {reason}");
-        return Err(Error::invalid("linux.resources.unified", reason));
-    }
-    Ok(())
+    unified::check(resources)
 }
 
 /// Refuses limits of RDMA devices.
@@ -412,29 +422,43 @@ mod tests {
             (
                 "/process/scheduler",
                 deadline(0, 2000, 2000),
-                "needs a runtime",
+                "runtime must be greater than 0",
             ),
             (
                 "/process/scheduler",
                 deadline(2000, 0, 2000),
-                "needs a deadline",
+                "deadline must be greater than 0",
+            ),
+            (
+                "/process/scheduler",
+                json!({"policy": "SCHED_DEADLINE", "deadline": 2000}),
+                "sched_setattr: `SCHED_DEADLINE` requires `runtime`",
+            ),
+            (
+                "/process/scheduler",
+                json!({"policy": "SCHED_DEADLINE", "runtime": 2000}),
+                "requires `deadline`",
             ),
             (
                 "/process/scheduler",
                 deadline(1023, 2000, 0),
-                "runtime 1023 is below 1024",
+                "runtime (1023) must be between 1024 and 9223372036854775807",
             ),
             (
                 "/process/scheduler",
                 deadline(3000, 2000, 4000),
-                "the runtime 3000 is longer",
+                "runtime (3000) must be <= deadline (2000)",
             ),
             (
                 "/process/scheduler",
                 deadline(1024, 4000, 2000),
-                "the deadline 4000 is longer",
+                "deadline (4000) must be <= period (2000)",
             ),
-            ("/process/scheduler", deadline(1024, 1 << 63, 0), "is above"),
+            (
+                "/process/scheduler",
+                deadline(1024, 1 << 63, 0),
+                "deadline (9223372036854775808) must be between",
+            ),
             (
                 "/linux/namespaces",
                 namespaces(&["ipc"]),
@@ -505,21 +529,6 @@ mod tests {
                 "/linux/resources/unified",
                 json!({"rdma.max": "mlx5_1 hca_handle=3"}),
                 "rdma.max: a guest has no",
-            ),
-            (
-                "/linux/resources/unified",
-                json!({"../memory.max": "1"}),
-                "no slashes",
-            ),
-            (
-                "/linux/resources/unified",
-                json!({"..": "1"}),
-                "CONTROLLER.NAME",
-            ),
-            (
-                "/linux/resources/unified",
-                json!({"KEY": "1"}),
-                "CONTROLLER.NAME",
             ),
         ] {
             let said = said(pointer, value);

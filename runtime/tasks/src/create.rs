@@ -195,6 +195,9 @@ impl TaskSet {
         if task.spec.network() == Network::Host {
             return Err(anyhow!(HOST_NETWORK).into());
         }
+        if !task.is_member() {
+            task.share_time_on_host();
+        }
         if task.is_pod() {
             // The rest of its configuration is not used.
             task.spec

@@ -101,6 +101,9 @@ pub struct HookContext<'a> {
     pub directory: &'a Path,
     /// The network namespace, if not that of the calling thread.
     pub network: Option<&'a File>,
+    /// Files to which standard output and standard error are appended. Otherwise both are part of the error of a hook that
+    /// fails.
+    pub output: [Option<&'a Path>; 2],
 }
 
 /// Checks hooks before any of them is run. Those of poststop are not: they are run even where one of them fails.
@@ -149,10 +152,27 @@ pub fn run_poststop(hooks: &[Hook], state: &State, context: HookContext<'_>) -> 
     };
     each(Kind::Poststop, hooks, state, context, |ran| {
         if let Err(error) = ran {
-            log::warn!("{error:#}");
+            log::warn!("{}", poststop_failure(&error));
         }
         Ok(())
     })
+}
+
+/// A hook that ended with an error, and the end of its output.
+#[derive(Debug, thiserror::Error)]
+#[error("{status}{output}")]
+struct Failed {
+    status: ExitStatus,
+    output: String,
+}
+
+/// The warning about a poststop hook, which begins as crun's.
+fn poststop_failure(error: &anyhow::Error) -> String {
+    let failed = error.downcast_ref::<Failed>();
+    match failed.and_then(|failed| failed.status.code()) {
+        Some(code) => format!("poststop hook failed with exit code {code}: {error:#}"),
+        None => format!("{error:#}"),
+    }
 }
 
 fn each(
@@ -172,6 +192,7 @@ fn each(
         hooks: hooks.to_vec(),
         state,
         directory: context.directory.to_owned(),
+        output: context.output.map(|file| file.map(Path::to_owned)),
         network: network.context("the host's network namespace")?,
         judge,
     };
@@ -185,6 +206,7 @@ struct HookList {
     /// The container's state, as text.
     state: Vec<u8>,
     directory: PathBuf,
+    output: [Option<PathBuf>; 2],
     network: Option<File>,
     judge: fn(Result<()>) -> Result<()>,
 }
@@ -210,9 +232,14 @@ impl HookList {
     }
 
     fn run_here(&self) -> Result<()> {
+        let context = HookContext {
+            directory: &self.directory,
+            network: self.network.as_ref(),
+            output: self.output.each_ref().map(Option::as_deref),
+        };
         self.hooks.iter().enumerate().try_for_each(|(index, hook)| {
             let name = || hook::failure(self.kind.name(), index, hook);
-            (self.judge)(run_one(hook, &self.state, &self.directory).with_context(name))
+            (self.judge)(run_one(hook, &self.state, context).with_context(name))
         })
     }
 }
@@ -233,6 +260,7 @@ pub fn run_overdue(id: &str, bundle: &Path) -> Result<(), Error> {
     let context = HookContext {
         directory: bundle,
         network: None,
+        output: [None; 2],
     };
     run_poststop(Kind::Poststop.of(&hooks), &state, context)?;
     Ok(fs::remove_file(due).context("the bundle")?)
@@ -298,6 +326,7 @@ impl TaskSet {
         HookContext {
             directory: root.unwrap_or(&task.bundle),
             network: self.config.host_network.as_ref().filter(|_| !is_inside),
+            output: [None; 2],
         }
     }
 
@@ -311,17 +340,17 @@ fn poststop_marker(task: &Task) -> PathBuf {
     task.bundle.join(POSTSTOP_DUE)
 }
 
-fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<()> {
+fn run_one(hook: &Hook, state: &[u8], context: HookContext<'_>) -> Result<()> {
     let (mut command, limit) = hook::program(hook).map_err(anyhow::Error::msg)?;
     let (mut input, output) = (memory("hook-in")?, memory("hook-out")?);
     input.write_all(state)?;
     input.seek(SeekFrom::Start(0))?;
     let mut child = command
         .process_group(0)
-        .current_dir(directory)
+        .current_dir(context.directory)
         .stdin(input)
-        .stdout(output.try_clone()?)
-        .stderr(output.try_clone()?)
+        .stdout(appended(context.output[0], &output)?)
+        .stderr(appended(context.output[1], &output)?)
         .spawn()
         .context("cannot be run")?;
     let Some(status) = wait(&mut child, limit)? else {
@@ -329,9 +358,19 @@ fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<()> {
         bail!("did not end within {limit:?}{}", tail(&output));
     };
     if !status.success() {
-        bail!("{status}{}", tail(&output));
+        let output = tail(&output);
+        return Err(Failed { status, output }.into());
     }
     Ok(())
+}
+
+/// A file for the output of a hook: the named one, or `other`.
+fn appended(file: Option<&Path>, other: &File) -> Result<File> {
+    let Some(path) = file else {
+        return Ok(other.try_clone()?);
+    };
+    let opened = File::options().append(true).create(true).open(path);
+    opened.with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Waits for a hook's end; `None` if it took longer than `limit` and was killed.
@@ -388,6 +427,7 @@ mod tests {
         HookContext {
             directory: Path::new("/tmp"),
             network: None,
+            output: [None; 2],
         }
     }
 
@@ -398,6 +438,30 @@ mod tests {
 
     fn is_there(path: &Path) -> bool {
         fs::exists(path).unwrap()
+    }
+
+    #[test]
+    fn output_may_go_to_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let [out, err] = ["out", "err"].map(|name| dir.path().join(name));
+        let context = HookContext {
+            directory: dir.path(),
+            network: None,
+            output: [Some(out.as_path()), Some(err.as_path())],
+        };
+        let hooks = [hook(sh("echo one; echo other >&2"))];
+        for _ in 0..2 {
+            run(Kind::Prestart, &hooks, &state("c"), context).unwrap();
+        }
+        assert_eq!(fs::read_to_string(&out).unwrap(), "one\none\n");
+        assert_eq!(fs::read_to_string(&err).unwrap(), "other\nother\n");
+        let nowhere = dir.path().join("none/out");
+        let context = HookContext {
+            output: [Some(nowhere.as_path()), None],
+            ..context
+        };
+        let error = run(Kind::Prestart, &hooks, &state("c"), context).unwrap_err();
+        assert!(format!("{error:#}").contains("none/out"), "{error:#}");
     }
 
     #[test]
@@ -487,6 +551,20 @@ mod tests {
     }
 
     #[test]
+    fn the_exit_code_of_a_poststop_hook_is_told() {
+        let ran = |script: &str| {
+            let ran = run_one(&hook(sh(script)), b"{}", here()).context("a hook");
+            poststop_failure(&ran.unwrap_err())
+        };
+        let said = ran("echo why; exit 3");
+        assert_eq!(
+            said,
+            "poststop hook failed with exit code 3: a hook: exit status: 3: why"
+        );
+        assert!(ran("kill -9 $$").starts_with("a hook: signal: 9"));
+    }
+
+    #[test]
     fn every_poststop_hook_runs() {
         let dir = tempfile::tempdir().unwrap();
         let two = format!("touch {}", dir.path().join("two").display());
@@ -498,6 +576,7 @@ mod tests {
         let gone = HookContext {
             directory: Path::new("/no/such"),
             network: None,
+            output: [None; 2],
         };
         run_poststop(&hooks, &state("c1"), gone).unwrap();
         assert!(is_there(&dir.path().join("two")));

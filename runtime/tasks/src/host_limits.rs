@@ -1,4 +1,4 @@
-//! Limits of a container that apply to its sandbox on the host: CPU time, CPU sets and disk limits, as files of the
+//! Limits of a container that apply to its sandbox on the host: CPU time, CPU sets, disks and huge pages, as files of the
 //! sandbox's control group (Linux, admin-guide/cgroup-v2).
 //!
 //! The memory limit is [`cgroup::memory`](crate::cgroup::memory), which includes the overhead of the virtual machine. The
@@ -19,20 +19,31 @@ type Limit = (String, String);
 /// # Errors
 /// A disk limit or a CPU set that can't be set in the sandbox's own group, since nothing else enforces it.
 pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
-    apply_those(group, resources, |_| true)
+    apply_those(group, resources, |_, _| true)
 }
 
-/// The same without limits of CPU time, which would slow down the creation and the start of a container in the guest.
+/// The same without limits of CPU time.
 ///
 /// # Errors
 /// As above.
 pub(crate) fn apply_all_but_time(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
-    apply_those(group, resources, |file| !is_time(file))
+    apply_those(group, resources, |file, _| !is_time(file))
 }
 
-/// Sets the limits of CPU time. The guest has them, too, so failures are only logged.
-pub(crate) fn apply_time(group: &Path, resources: &oci::LinuxResources) {
-    if let Err(error) = apply_those(group, resources, is_time) {
+/// Sets those limits of CPU time that leave the sandbox a whole CPU, which it has from the beginning. The guest has them,
+/// too, so failures are only logged.
+pub(crate) fn apply_shares(group: &Path, resources: &oci::LinuxResources) {
+    apply_times(group, resources, |file, value| !is_slow(file, value));
+}
+
+/// Sets the other limits of CPU time, which would slow down the creation and the start of a container in the guest.
+pub(crate) fn apply_slow(group: &Path, resources: &oci::LinuxResources) {
+    apply_times(group, resources, is_slow);
+}
+
+fn apply_times(group: &Path, resources: &oci::LinuxResources, wanted: impl Fn(&str, &str) -> bool) {
+    let wanted = |file: &str, value: &str| is_time(file) && wanted(file, value);
+    if let Err(error) = apply_those(group, resources, wanted) {
         log::warn!("{error:#}");
     }
 }
@@ -41,15 +52,27 @@ fn is_time(file: &str) -> bool {
     file.starts_with("cpu.")
 }
 
+/// Whether a limit of CPU time leaves less than a CPU. A burst is set after the quota that it belongs to.
+fn is_slow(file: &str, value: &str) -> bool {
+    let mut words = value.split_whitespace();
+    let mut number = || words.next()?.parse::<u64>().ok();
+    match file {
+        "cpu.idle" => number() != Some(0),
+        "cpu.max" => number().is_some_and(|quota| quota < number().unwrap_or(PERIOD)),
+        "cpu.max.burst" => true,
+        _ => false,
+    }
+}
+
 /// Sets the limits in those files that are wanted.
 fn apply_those(
     group: &Path,
     resources: &oci::LinuxResources,
-    wanted: impl Fn(&str) -> bool,
+    wanted: impl Fn(&str, &str) -> bool,
 ) -> Result<()> {
     let read = |file: &str| fs::read_to_string(group.join(file)).ok();
     let mut limits = limits(resources, &read);
-    limits.retain(|(file, _)| wanted(file));
+    limits.retain(|(file, value)| wanted(file, value));
     set(group, &limits, is_ours(group))
 }
 
@@ -73,6 +96,7 @@ fn limits(resources: &oci::LinuxResources, read: &dyn Fn(&str) -> Option<String>
     if let Some(io) = resources.block_io() {
         disks(io, read, &mut all);
     }
+    huge_pages(resources, read, &mut all);
     let unified = resources.unified().iter().flatten();
     let mut unified: Vec<_> = unified.filter(|(file, _)| is_hosts(file)).collect();
     unified.sort();
@@ -174,6 +198,27 @@ fn disks(io: &oci::LinuxBlockIo, read: &dyn Fn(&str) -> Option<String>, all: &mu
     }
 }
 
+/// Limits of huge pages, for sizes that the host has a limit of. A guest has none of its own.
+fn huge_pages(
+    resources: &oci::LinuxResources,
+    read: &dyn Fn(&str) -> Option<String>,
+    all: &mut Vec<Limit>,
+) {
+    for limit in resources.hugepage_limits().iter().flatten() {
+        let value = match u64::try_from(limit.limit()) {
+            Ok(bytes) => bytes.to_string(),
+            Err(_) => "max".into(),
+        };
+        for kind in ["max", "rsvd.max"] {
+            let file = format!("hugetlb.{}.{kind}", limit.page_size());
+            // A file of this group, not of another one.
+            if !file.contains('/') && read(&file).is_some() {
+                all.push((file, value.clone()));
+            }
+        }
+    }
+}
+
 /// Converts a weight of version 1 (10 to 1000) to one of version 2 (1 to 10000).
 fn io_weight(weight: u16) -> u64 {
     1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990
@@ -218,6 +263,37 @@ mod tests {
     }
 
     #[test]
+    fn what_leaves_a_cpu_does_not_wait_for_the_start() {
+        for (file, value) in [
+            ("cpu.weight", "1"),
+            ("cpu.idle", "0"),
+            ("cpu.max", "max 100000"),
+            ("cpu.max", "100000 100000"),
+            ("cpu.max", "100000"),
+            ("cpu.max", "max"),
+        ] {
+            assert!(!is_slow(file, value), "{file}: {value}");
+        }
+        for (file, value) in [
+            ("cpu.idle", "1"),
+            ("cpu.max", "99999 100000"),
+            ("cpu.max", "5000"),
+            ("cpu.max.burst", "5000"),
+        ] {
+            assert!(is_slow(file, value), "{file}: {value}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let resources = json!({"cpu": {"shares": 1024, "idle": 1, "quota": 200_000}});
+        let resources = serde_json::from_value(resources).unwrap();
+        apply_shares(dir.path(), &resources);
+        let read = |file: &str| fs::read_to_string(dir.path().join(file)).unwrap_or_default();
+        let three = || ["cpu.weight", "cpu.max", "cpu.idle"].map(read);
+        assert_eq!(three(), ["100", "200000 100000", ""]);
+        apply_slow(dir.path(), &resources);
+        assert_eq!(three(), ["100", "200000 100000", "1"]);
+    }
+
+    #[test]
     fn what_an_update_leaves_out_stays() {
         let before = [("cpu.max", "500000 1000000\n")];
         let max = |cpu: Value, before: &[(&str, &str)]| {
@@ -249,6 +325,27 @@ mod tests {
         let bfq = [("io.bfq.weight", "default 100\n")];
         let expected = [("io.bfq.weight", "333"), ("io.bfq.weight", "7:1 444")];
         assert_eq!(of(weights, &bfq), pairs(&expected));
+    }
+
+    #[test]
+    fn huge_pages_are_limited_where_the_host_can() {
+        let limits = json!({"hugepageLimits": [
+            {"pageSize": "2MB", "limit": 2_097_152},
+            {"pageSize": "1GB", "limit": -1},
+            {"pageSize": "../2MB", "limit": 0},
+        ]});
+        let files = [
+            ("hugetlb.2MB.max", "max\n"),
+            ("hugetlb.2MB.rsvd.max", "max\n"),
+            ("hugetlb.1GB.max", "max\n"),
+        ];
+        let expected = [
+            ("hugetlb.2MB.max", "2097152"),
+            ("hugetlb.2MB.rsvd.max", "2097152"),
+            ("hugetlb.1GB.max", "max"),
+        ];
+        assert_eq!(of(limits.clone(), &files), pairs(&expected));
+        assert!(of(limits, &[]).is_empty());
     }
 
     #[test]

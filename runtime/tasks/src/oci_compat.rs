@@ -28,6 +28,7 @@ pub(crate) fn read_spec(text: &[u8]) -> serde_json::Result<oci::Spec> {
     if let Some(linux) = spec.linux_mut() {
         if let Some(resources) = linux.resources_mut() {
             drop_unset_pids(resources, text, "/linux/resources");
+            complete_page_sizes(resources, text, "/linux/resources");
         }
         if linux.rootfs_propagation().as_deref() == Some("") {
             linux.set_rootfs_propagation(None);
@@ -44,6 +45,7 @@ pub fn read_resources(text: &[u8]) -> anyhow::Result<oci::LinuxResources> {
     let resources = read(text, "/process").context("the resources are broken");
     let mut resources: oci::LinuxResources = resources?;
     drop_unset_pids(&mut resources, text, "");
+    complete_page_sizes(&mut resources, text, "");
     Ok(resources)
 }
 
@@ -58,6 +60,25 @@ fn drop_unset_pids(resources: &mut oci::LinuxResources, text: &[u8], place: &str
     if limit.is_none_or(Value::is_null) {
         resources.set_pids(None);
     }
+}
+
+/// Fills in sizes of huge pages whose name is written differently, as in `pagesize`: Go ignores the case of names.
+fn complete_page_sizes(resources: &mut oci::LinuxResources, text: &[u8], place: &str) {
+    let mut limits = resources.hugepage_limits().clone().unwrap_or_default();
+    if limits.iter().all(|limit| !limit.page_size().is_empty()) {
+        return;
+    }
+    let value: Value = serde_json::from_slice(text).unwrap_or_default();
+    let written = value.pointer(&format!("{place}/hugepageLimits"));
+    let written = written.and_then(Value::as_array).into_iter().flatten();
+    for (limit, written) in limits.iter_mut().zip(written) {
+        let mut members = written.as_object().into_iter().flatten();
+        let size = members.find(|(name, _)| name.eq_ignore_ascii_case("pageSize"));
+        if let Some(size) = size.and_then(|(_, size)| size.as_str()) {
+            limit.set_page_size(size.into());
+        }
+    }
+    resources.set_hugepage_limits(Some(limits));
 }
 
 /// Parses a document with a process at this JSON path. Most documents need no changes.
@@ -239,6 +260,15 @@ mod tests {
         assert_eq!(of(r#"{"pids": {"limit": -1}}"#), Some(-1));
         assert_eq!(of(r#"{"cpu": {"shares": null}}"#), None);
         assert!(read_resources(br#"{"pids": {"limit": "x"}}"#).is_err());
+    }
+
+    #[test]
+    fn the_size_of_pages_may_be_written_in_small_letters() {
+        let text = br#"{"hugepageLimits": [{"pagesize": "2MB", "limit": 1}, {"pageSize": "1GB", "limit": 2}]}"#;
+        let resources = read_resources(text).unwrap();
+        let limits = resources.hugepage_limits().as_ref().unwrap();
+        let sizes: Vec<_> = limits.iter().map(|limit| limit.page_size()).collect();
+        assert_eq!(sizes, ["2MB", "1GB"]);
     }
 
     #[test]

@@ -72,7 +72,7 @@ pub(crate) struct Task {
     pub(crate) init: Process,
     pub(crate) notify: Option<NotifySocket>,
     pub(crate) pid_holder: PidHolder,
-    /// Limits of CPU time on the host.
+    /// Limits of CPU time on the host that wait for its start.
     pub(crate) time_limits: Once,
 }
 
@@ -101,11 +101,18 @@ impl Task {
         }
     }
 
-    /// Sets its limits of CPU time there, unless that was done before: an update may have changed them since.
+    /// Sets those limits of CPU time there that do not slow down its start: engines read them before it.
+    pub(crate) fn share_time_on_host(&self) {
+        if let Some((group, resources)) = self.spec.cgroup().zip(self.spec.resources()) {
+            host_limits::apply_shares(&group, resources);
+        }
+    }
+
+    /// Sets the others, unless that was done before: an update may have changed them since.
     pub(crate) fn limit_time_on_host(&self) {
         self.time_limits.call_once(|| {
             if let Some((group, resources)) = self.spec.cgroup().zip(self.spec.resources()) {
-                host_limits::apply_time(&group, resources);
+                host_limits::apply_slow(&group, resources);
             }
         });
     }

@@ -38,6 +38,16 @@ pub(crate) fn milli_cpus(quota: i64, period: u64) -> Option<u64> {
     (quota.saturating_mul(1000)).div_ceil(period.max(1)).into()
 }
 
+/// The CPUs of a container's set, in thousandths, if it has one.
+pub(crate) fn milli_cpus_of_set(resources: &oci::LinuxResources) -> Option<u64> {
+    let own = resources.cpu().as_ref().and_then(|cpu| cpu.cpus().as_ref());
+    let files = resources.unified().as_ref();
+    // The file of this name is written last.
+    let set = files.and_then(|files| files.get("cpuset.cpus")).or(own)?;
+    let cpus = koya::cpus::parse(set).ok()?;
+    Some(cpus.len() as u64 * 1000)
+}
+
 /// Sum of these limits, with the defaults of the settings for containers without a limit.
 pub(crate) fn sum_of_limits(settings: &Settings, all: &[Limits]) -> Size {
     let (mut mib, mut milli_cpus) = (0_u64, 0_u64);
@@ -152,6 +162,17 @@ mod tests {
             target(size(1, 512), size(1, 600), size(1, 512)),
             size(1, 602)
         );
+    }
+
+    #[test]
+    fn a_set_of_cpus_counts_as_many() {
+        let of = |text: &str| milli_cpus_of_set(&serde_json::from_str(text).unwrap());
+        assert_eq!(of(r#"{"cpu": {"cpus": "0-2,7"}}"#), Some(4000));
+        let both = r#"{"cpu": {"cpus": "0"}, "unified": {"cpuset.cpus": "0-1"}}"#;
+        assert_eq!(of(both), Some(2000));
+        for none in ["{}", r#"{"cpu": {"cpus": ""}}"#, r#"{"cpu": {"quota": 5}}"#] {
+            assert_eq!(of(none), None, "{none}");
+        }
     }
 
     #[test]

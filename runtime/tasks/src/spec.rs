@@ -4,9 +4,10 @@ use crate::Error;
 use crate::cgroup;
 use crate::default_users;
 use crate::hooks;
+use crate::memory_policy;
 use crate::namespaces::Network;
 use crate::oci_compat;
-use crate::size::{Limits, PERIOD, milli_cpus};
+use crate::size::{Limits, PERIOD, milli_cpus, milli_cpus_of_set};
 use anyhow::{Context, anyhow};
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
@@ -54,6 +55,8 @@ impl Spec {
     pub fn read_file(path: &Path) -> Result<Self, Error> {
         let text =
             std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        // Before the library's own errors about modes and flags.
+        memory_policy::check(&text).with_context(|| path.display().to_string())?;
         let spec = oci_compat::read_spec(&text);
         let mut spec = spec.with_context(|| path.display().to_string())?;
         default_users::fill_in(&mut spec);
@@ -189,11 +192,18 @@ impl Spec {
             memory: memory.and_then(|bytes| u64::try_from(bytes).ok()),
             milli_cpus: quota.and_then(|quota| milli_cpus(quota, period.unwrap_or(PERIOD))),
         };
-        Limits {
+        let limits = Limits {
             memory: said.memory.filter(|bytes| *bytes > 0),
             ..said
+        };
+        let limits = limits.or(self.resources());
+        // Those of Kubernetes are shared with other pods, unless there is a quota, too.
+        let set = self.resources().filter(|_| self.role("") == Role::Single);
+        let set = set.and_then(milli_cpus_of_set);
+        Limits {
+            milli_cpus: limits.milli_cpus.or(set),
+            ..limits
         }
-        .or(self.resources())
     }
 
     /// The process whose pid namespace it shares, from a path in /proc.
@@ -345,6 +355,15 @@ impl Spec {
     pub fn drop_cgroup(&mut self) {
         if let Some(linux) = self.0.linux_mut() {
             linux.set_cgroups_path(None);
+        }
+    }
+
+    /// Sets the adjustment of its process's OOM score, if the configuration has none.
+    pub fn default_oom_score_adj(&mut self, adjustment: i32) {
+        if let Some(process) = self.0.process_mut()
+            && process.oom_score_adj().is_none()
+        {
+            process.set_oom_score_adj(Some(adjustment));
         }
     }
 
