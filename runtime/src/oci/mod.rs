@@ -305,8 +305,7 @@ pub(crate) fn retain_guest_limits(resources: &mut oci::LinuxResources) {
         let controllers = ["cpuset.", "io.", "hugetlb."];
         let sets = ["cpuset.cpus", "cpuset.mems"];
         files.retain(|file, _| {
-            sets.contains(&file.as_str())
-                || !controllers.iter().any(|name| file.starts_with(name))
+            sets.contains(&file.as_str()) || !controllers.iter().any(|name| file.starts_with(name))
         });
         resources.set_unified(Some(files));
     }
