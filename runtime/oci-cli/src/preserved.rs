@@ -120,7 +120,7 @@ fn open_numbers(below: usize) -> Result<BTreeSet<usize>> {
     const OWN: &str = "/proc/self/fd";
     let entries = fs::read_dir(OWN).context("cannot list the descriptors to preserve")?;
     let numbers = entries.flatten().filter_map(|entry| {
-        let number = entry.file_name().to_str()?.parse().ok()?;
+        let number = entry.file_name().to_str()?.parse::<usize>().ok()?;
         (FIRST..below).contains(&number).then_some(number)
     });
     let mut numbers: BTreeSet<_> = numbers.collect();

@@ -122,7 +122,8 @@ fn is_terminal(device: &oci::LinuxDevice) -> bool {
 fn is_nowhere(device: &oci::LinuxDevice) -> bool {
     let all = match device.typ() {
         LinuxDeviceType::B => "/sys/dev/block",
-        _ => "/sys/dev/char",
+        LinuxDeviceType::C | LinuxDeviceType::U => "/sys/dev/char",
+        _ => return false,
     };
     let number = format!("{}:{}", device.major(), device.minor());
     Path::new(all).is_dir() && !Path::new(all).join(number).exists()
