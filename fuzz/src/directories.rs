@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -41,7 +42,12 @@ impl Directory {
         let mut kept = kept.unwrap_or_else(|| {
             let dir = tempfile::tempdir().expect("a directory");
             for name in contents.changing {
-                fs::create_dir(dir.path().join(name)).expect("a directory");
+                // The file server sets the umask to 0, and sockets are refused where every user may write.
+                let mut private = fs::DirBuilder::new();
+                private
+                    .mode(0o700)
+                    .create(dir.path().join(name))
+                    .expect("a directory");
             }
             (contents.set_up)(dir.path()).expect("a directory");
             Kept {

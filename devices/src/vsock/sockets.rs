@@ -239,6 +239,13 @@ mod tests {
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
+    /// A directory that only this user can write to: other tests in this process set the umask to 0.
+    fn directory() -> tempfile::TempDir {
+        let mut builder = tempfile::Builder::new();
+        let private = std::fs::Permissions::from_mode(0o700);
+        builder.permissions(private).tempdir().unwrap()
+    }
+
     #[test]
     fn lines_are_parsed() {
         assert_eq!(parse("CONNECT 52"), Some(52));
@@ -268,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_client_reaches_the_port_that_it_names_and_loses_nothing() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let path = dir.path().join("v.sock");
         let ports = Ports::new().unwrap();
         let sockets = UnixSockets::listen(&ports, &path).unwrap();
@@ -294,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_path_that_was_replaced_is_not_removed() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let path = dir.path().join("v.sock");
         let first = UnixSockets::listen(&Ports::new().unwrap(), &path).unwrap();
         std::fs::remove_file(&path).unwrap();
@@ -316,7 +323,7 @@ mod tests {
 
     #[test]
     fn a_guest_reaches_the_socket_of_its_port() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let path = dir.path().join("v.sock");
         let ports = Ports::new().unwrap();
         let sockets = UnixSockets::listen(&ports, &path).unwrap();
@@ -329,7 +336,7 @@ mod tests {
 
     #[test]
     fn only_this_user_may_connect() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let path = dir.path().join("v.sock");
         let _sockets = UnixSockets::listen(&Ports::new().unwrap(), &path).unwrap();
         let mode = path.symlink_metadata().unwrap().mode();
@@ -339,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_directory_in_which_every_user_may_replace_files_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let path = dir.path().join("v.sock");
         let listen = |mode| {
             std::fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
@@ -356,7 +363,7 @@ mod tests {
 
     #[test]
     fn a_stale_socket_is_replaced_and_others_are_not() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let path = dir.path().join("v.sock");
         let ports = Ports::new().unwrap();
         drop(UnixListener::bind(&path).unwrap());

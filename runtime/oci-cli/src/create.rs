@@ -127,7 +127,7 @@ struct CreateParams {
 
 impl CreateParams {
     fn read(root: &Root, globals: &Globals, args: &CreateArgs) -> Result<Self> {
-        state::check_new_id(&args.id)?;
+        state::check_id(&args.id)?;
         let mut source = Source::of(globals, args)?;
         let mut spec = source.read(&args.bundle, &args.id)?;
         if let Some(users) = member::users(root, &spec)? {

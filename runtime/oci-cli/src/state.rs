@@ -242,14 +242,6 @@ fn check_own(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The same for a new container. Like crun, refuses a dot at the beginning, which hides the container's directory.
-pub(crate) fn check_new_id(id: &str) -> Result<()> {
-    if id.starts_with('.') {
-        bail!("invalid container ID format: {id}");
-    }
-    check_id(id)
-}
-
 /// A lock on a container's directory.
 pub(crate) struct Lock(#[allow(dead_code)] OwnedFd);
 
@@ -521,13 +513,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn names_are_those_of_runc_without_a_dot_first() {
-        for id in ["a", "a.b", "_x", "A-1_+.b"] {
-            assert!(check_new_id(id).is_ok(), "{id}");
+    fn names_are_those_of_runc() {
+        for id in ["a", "a.b", "_x", "A-1_+.b", ".foo"] {
+            assert!(check_id(id).is_ok(), "{id}");
         }
-        assert!(check_id(".foo").is_ok(), "one of an earlier version");
-        for id in [".", "..", ".foo", "foo bar", "this/is", "é"] {
-            let said = check_new_id(id).unwrap_err().to_string();
+        for id in [".", "..", "foo bar", "this/is", "é"] {
+            let said = check_id(id).unwrap_err().to_string();
             assert!(said.starts_with("invalid container ID format: "), "{said}");
         }
         let said = check_id("this/is").unwrap_err().to_string();

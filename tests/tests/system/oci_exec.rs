@@ -117,7 +117,7 @@ fn what_podman_passes_to_crun_is_understood() -> Result<()> {
         text(&config)?,
         "--pid-file",
         text(&pid_file)?,
-        "exec.+k",
+        ".exec+k",
     ];
     let mut child = Command::new("setpriv")
         .args(["--groups", "7,8", "koya-runtime", "--root"])
@@ -129,14 +129,14 @@ fn what_podman_passes_to_crun_is_understood() -> Result<()> {
         .spawn()?;
     ensure!(child.wait()?.success(), "it is not created");
     fs::remove_file(&config)?;
-    runtime.ok(&["start", "exec.+k"])?;
+    runtime.ok(&["start", ".exec+k"])?;
     let pid = fs::read_to_string(&pid_file)?;
     let group = |of: &str| fs::read_to_string(format!("/proc/{of}/cgroup"));
     ensure!(group(&pid)? == group("self")?, "another control group");
     let script = "grep Groups /proc/1/status; id -G";
-    let said = runtime.ok(&["exec", "exec.+k", "sh", "-c", script])?;
+    let said = runtime.ok(&["exec", ".exec+k", "sh", "-c", script])?;
     let said: Vec<_> = said.split_whitespace().collect();
     ensure!(said == ["Groups:", "7", "8", "0", "7", "8"], "{said:?}");
-    runtime.ok(&["delete", "--force", "exec.+k"])?;
+    runtime.ok(&["delete", "--force", ".exec+k"])?;
     Ok(())
 }
