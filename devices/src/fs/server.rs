@@ -299,6 +299,11 @@ impl Server {
                 let offset = self.files.lseek(node, &args.take()?)?;
                 Ok(reply(&wire::LseekOut { offset }))
             }
+            op::IOCTL => {
+                let flags = self.files.ioctl(node, &args.take()?)?;
+                let out = wire::IoctlOut::default();
+                Ok(Reply::Bytes([out.as_bytes(), flags.as_bytes()].concat()))
+            }
             op::COPY_FILE_RANGE => {
                 let size = self.files.copy_file_range(node, &args.take()?)?;
                 Ok(reply(&wire::WriteOut { size, padding: 0 }))
