@@ -126,7 +126,8 @@ impl Server {
     fn try_serve(&self, chain: &Chain, memory: &Memory) -> Result<u32, ChainError> {
         let mut header = InHeader::default();
         chain.read(memory, 0, header.as_mut_bytes())?;
-        let result = self.dispatch(&header, chain, memory);
+        let dispatch = || self.dispatch(&header, chain, memory);
+        let result = self.files.removals.retry(dispatch);
         let (error, body) = match result {
             Ok(Reply::None) => return Ok(0),
             Ok(Reply::Empty) => (0, 0),

@@ -18,6 +18,7 @@ use super::Cache;
 use super::handles::{Handle, Handles};
 use super::inodes::{self, Found, Inode, Inodes};
 use super::shares::{Listener, Move, Share, Shares};
+use super::space::Removals;
 use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 pub(super) use cookies::Cookies;
@@ -92,6 +93,7 @@ pub struct Passthrough {
     descriptors: Arc<Directory>,
     /// `Some` if this process can't change the owner of files.
     owners: Option<Owners>,
+    pub(super) removals: Removals,
 }
 
 impl Passthrough {
@@ -126,6 +128,7 @@ impl Passthrough {
             _listener: listener,
             descriptors: Directory::get()?,
             owners: Owners::needed(),
+            removals: Removals::default(),
         })
     }
 
