@@ -432,7 +432,8 @@ impl Server {
             | init::HANDLE_KILLPRIV_V2
             | init::SETXATTR_EXT
             | init::INIT_EXT
-            | init::DIRECT_IO_ALLOW_MMAP;
+            | init::DIRECT_IO_ALLOW_MMAP
+            | init::HOST_DEVICES;
         match self.files.options().cache {
             Cache::Never => {}
             Cache::Auto => wanted |= init::AUTO_INVAL_DATA,
@@ -445,6 +446,7 @@ impl Server {
         let flags = wanted & offered;
         self.extended_setxattr
             .store(flags & init::SETXATTR_EXT != 0, Ordering::Relaxed);
+        self.files.set_has_devices(flags & init::HOST_DEVICES != 0);
         Ok(reply(&InitOut {
             major: wire::MAJOR,
             minor: wire::MINOR,

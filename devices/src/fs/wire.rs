@@ -185,10 +185,15 @@ pub mod init {
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     /// Not part of FUSE: an extension of Koya's guest kernel (`guest-kernel/patches`).
     pub const HOST_WATCH: u64 = 1 << 62;
+    /// Not part of FUSE: an extension of Koya's guest kernel (`guest-kernel/patches`).
+    pub const HOST_DEVICES: u64 = 1 << 61;
 }
 
 /// `SetxattrExtIn::setxattr_flags`: the caller may not leave the set-group-ID bit beside the ACL.
 pub const SETXATTR_ACL_KILL_SGID: u32 = 1;
+
+/// `Attr::flags`, an extension of Koya's guest kernel: position of the number of the file's file system.
+pub const ATTR_DEVICE_SHIFT: u32 = 16;
 
 /// Flags in the reply to OPEN.
 pub mod fopen {

@@ -137,6 +137,12 @@ impl Passthrough {
         &self.options
     }
 
+    /// Whether the guest gives each file system of the host a device number, as Koya's guest kernel does. To be called
+    /// before it looks anything up.
+    pub fn set_has_devices(&self, has_devices: bool) {
+        self.inodes.set_has_devices(has_devices);
+    }
+
     /// Drops all state of the guest, which is gone.
     pub fn clear(&self) {
         self.watches.clear();
