@@ -333,10 +333,13 @@ impl State {
             .await;
         fs::remove_file(&path).ok();
         // The first process may have ended meanwhile, after the others were killed.
-        if self.running(id).is_err() {
-            cgroup::signal_all(id, libc::SIGKILL).ok();
+        match self.running(id) {
+            Ok(_) => made,
+            Err(ended) => {
+                cgroup::signal_all(id, libc::SIGKILL).ok();
+                made.map_err(|_| ended)
+            }
         }
-        made
     }
 
     /// Runs a helper that creates a process, with its streams or terminal and its last argument, and follows the process.

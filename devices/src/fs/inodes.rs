@@ -146,6 +146,8 @@ pub(super) struct Inodes {
     max_nodes: usize,
     /// Whether there was a share with mapped users: a file may have several nodes then.
     maps_users: AtomicBool,
+    /// Whether the guest gives each file system a device number.
+    has_devices: AtomicBool,
     /// Held while the shares of moved nodes change.
     pub(super) moves: Mutex<()>,
     pub(super) tables: Mutex<Tables>,
@@ -158,6 +160,7 @@ impl Inodes {
             limit,
             max_nodes,
             maps_users: AtomicBool::new(false),
+            has_devices: AtomicBool::new(false),
             moves: Mutex::default(),
             tables: Mutex::new(Tables {
                 by_id: HashMap::new(),
@@ -177,6 +180,11 @@ impl Inodes {
     /// Whether a file may have several nodes, each with other owners.
     pub(super) fn maps_users(&self) -> bool {
         self.maps_users.load(Ordering::SeqCst)
+    }
+
+    /// Whether the guest gives each file system of further nodes a device number.
+    pub(super) fn set_has_devices(&self, has_devices: bool) {
+        self.has_devices.store(has_devices, Ordering::SeqCst);
     }
 
     /// The node with this ID, if the guest has not forgotten it.
@@ -404,6 +412,7 @@ impl Inodes {
             reach: Mutex::new(reach),
             has_links: AtomicBool::new(has_links(stat)),
             file_system,
+            has_device: self.has_devices.load(Ordering::SeqCst),
             users,
             has_no_capabilities: AtomicBool::new(false),
             slot: Mutex::new(Slot::Open(fd.clone())),

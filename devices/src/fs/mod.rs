@@ -36,6 +36,7 @@ pub mod passthrough;
 mod reach;
 pub mod server;
 pub mod shares;
+mod space;
 mod users;
 mod watch;
 pub mod wire;

@@ -3,7 +3,7 @@
 use super::export::Export;
 use super::shares::Share;
 use super::users::MappedUsers;
-use super::wire::Attr;
+use super::wire::{ATTR_DEVICE_SHIFT, Attr};
 use crate::sys::FileHandle;
 use koya_host::sync::lock;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
@@ -59,7 +59,7 @@ impl Identity {
 /// A file system of the host, identified by its device number and 0, or by the export that shows other owners.
 pub(super) type FileSystem = (u32, u32, u64);
 
-/// Position of the file system number in an inode number of the guest.
+/// Position of the file system number in an inode number of a guest that gives file systems no device numbers.
 const FILE_SYSTEM_SHIFT: u32 = 48;
 
 /// A node's descriptor, or the means to reopen its file.
@@ -138,6 +138,8 @@ pub(super) struct Inode {
     pub(super) has_links: AtomicBool,
     /// Number of its file system among those the guest has reached.
     pub(super) file_system: u16,
+    /// Whether the guest gives each file system a device number; otherwise its number is in the inode numbers.
+    pub(super) has_device: bool,
     /// Its owners, if they are not those of the host.
     pub(super) users: Option<Arc<MappedUsers>>,
     /// Known to have no capabilities set by the guest (see `Passthrough::drop_privileges`).
@@ -157,6 +159,9 @@ impl Inode {
         self.reported.store(contents(stat), Ordering::Relaxed);
         let mut attr = Attr::from(stat);
         attr.ino = self.number(stat.stx_ino);
+        if self.has_device {
+            attr.flags = u32::from(self.file_system) << ATTR_DEVICE_SHIFT;
+        }
         if let Some(users) = &self.users {
             attr.uid = users.guest_user(attr.uid);
             attr.gid = users.guest_group(attr.gid);
@@ -223,13 +228,16 @@ impl Inode {
         !before && is_writable(&reach)
     }
 
-    /// The inode number for the guest. The guest sees all shares as one file system, so the number alone must
-    /// identify a file.
+    /// The inode number for the guest. Koya's guest kernel gives each file system of the host a device number. Another one
+    /// sees all shares as one file system, so the number alone must identify a file.
     ///
     /// FUSE could announce other file systems as submounts instead. But Linux (6.12) unmounts such a submount
     /// without waiting for requests in flight, and crashes when one of them is answered.
     pub(super) fn number(&self, inode: u64) -> u64 {
-        inode ^ u64::from(self.file_system) << FILE_SYSTEM_SHIFT
+        match self.has_device {
+            true => inode,
+            false => inode ^ u64::from(self.file_system) << FILE_SYSTEM_SHIFT,
+        }
     }
 
     /// Directory and name under which it was last seen.

@@ -129,7 +129,8 @@ impl Server {
     fn try_serve(&self, chain: &Chain, memory: &Memory) -> Result<u32, ChainError> {
         let mut header = InHeader::default();
         chain.read(memory, 0, header.as_mut_bytes())?;
-        let result = self.dispatch(&header, chain, memory);
+        let dispatch = || self.dispatch(&header, chain, memory);
+        let result = self.files.removals.retry(dispatch);
         let (error, body) = match result {
             Ok(Reply::None) => return Ok(0),
             Ok(Reply::Empty) => (0, 0),
@@ -302,6 +303,11 @@ impl Server {
                 let offset = self.files.lseek(node, &args.take()?)?;
                 Ok(reply(&wire::LseekOut { offset }))
             }
+            op::IOCTL => {
+                let flags = self.files.ioctl(node, &args.take()?)?;
+                let out = wire::IoctlOut::default();
+                Ok(Reply::Bytes([out.as_bytes(), flags.as_bytes()].concat()))
+            }
             op::COPY_FILE_RANGE => {
                 let size = self.files.copy_file_range(node, &args.take()?)?;
                 Ok(reply(&wire::WriteOut { size, padding: 0 }))
@@ -429,7 +435,8 @@ impl Server {
             | init::HANDLE_KILLPRIV_V2
             | init::SETXATTR_EXT
             | init::INIT_EXT
-            | init::DIRECT_IO_ALLOW_MMAP;
+            | init::DIRECT_IO_ALLOW_MMAP
+            | init::HOST_DEVICES;
         match self.files.options().cache {
             Cache::Never => {}
             Cache::Auto => wanted |= init::AUTO_INVAL_DATA,
@@ -442,6 +449,7 @@ impl Server {
         let flags = wanted & offered;
         self.extended_setxattr
             .store(flags & init::SETXATTR_EXT != 0, Ordering::Relaxed);
+        self.files.set_has_devices(flags & init::HOST_DEVICES != 0);
         Ok(reply(&InitOut {
             major: wire::MAJOR,
             minor: wire::MINOR,

@@ -99,6 +99,8 @@ wire! {
         flags: u64,
     }
     HostWatchIn { seq: u64, mask: u32, padding: u32 }
+    IoctlIn { fh: u64, flags: u32, cmd: u32, arg: u64, in_size: u32, out_size: u32 }
+    IoctlOut { result: i32, flags: u32, in_iovs: u32, out_iovs: u32 }
     Dirent { ino: u64, off: u64, namelen: u32, kind: u32 }
     StatxIn {
         getattr_flags: u32, reserved: u32, fh: u64, sx_flags: u32, sx_mask: u32,
@@ -148,6 +150,7 @@ pub mod op {
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
     pub const DESTROY: u32 = 38;
+    pub const IOCTL: u32 = 39;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
     pub const READDIRPLUS: u32 = 44;
@@ -182,10 +185,15 @@ pub mod init {
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     /// Not part of FUSE: an extension of Koya's guest kernel (`guest-kernel/patches`).
     pub const HOST_WATCH: u64 = 1 << 62;
+    /// Not part of FUSE: an extension of Koya's guest kernel (`guest-kernel/patches`).
+    pub const HOST_DEVICES: u64 = 1 << 61;
 }
 
 /// `SetxattrExtIn::setxattr_flags`: the caller may not leave the set-group-ID bit beside the ACL.
 pub const SETXATTR_ACL_KILL_SGID: u32 = 1;
+
+/// `Attr::flags`, an extension of Koya's guest kernel: position of the number of the file's file system.
+pub const ATTR_DEVICE_SHIFT: u32 = 16;
 
 /// Flags in the reply to OPEN.
 pub mod fopen {
@@ -222,6 +230,8 @@ pub const WRITE_CACHE: u32 = 1;
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// `OpenIn::open_flags` and `CreateIn::open_flags`: the same if the file is truncated.
 pub const OPEN_KILL_SUIDGID: u32 = 1;
+/// `IoctlIn::cmd`: the flags of a file (Linux, linux/fs.h).
+pub const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
 /// `FsyncIn::fsync_flags`: data only.
 pub const FSYNC_FDATASYNC: u32 = 1;
 

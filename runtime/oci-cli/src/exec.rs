@@ -85,7 +85,7 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &PreservedFds) -> Outcom
         preserved: given.count,
         cgroup,
     };
-    match args.detach {
+    let added = match args.detach {
         true => detach(root, args, added, console.transpose()?, (given, pidfd)),
         false => {
             if let Some(receiver) = pidfd {
@@ -93,6 +93,14 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &PreservedFds) -> Outcom
             }
             foreground(&container, args, &added, given)
         }
+    };
+    match added {
+        // It has ended meanwhile, and its process on the host may have done so before it answered.
+        Err(error) if container.status() == Status::Stopped => {
+            log::debug!("{error:#}");
+            bail!("cannot exec in a stopped container")
+        }
+        other => other,
     }
 }
 

@@ -1,15 +1,17 @@
 //! Seccomp filters that notify a program of the host (`SCMP_ACT_NOTIFY`) are refused: their descriptor can't leave the
-//! guest.
+//! guest. So are rules that no filter can have.
 
 use crate::Error;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction};
 
-/// Checks the actions of a filter.
+const FIELD: &str = "linux.seccomp";
+
+/// Checks the rules of a filter.
 ///
 /// # Errors
-/// If it has `SCMP_ACT_NOTIFY`; in runc's wording where runc refuses it, too.
+/// If it has `SCMP_ACT_NOTIFY`, in runc's wording where runc refuses it, too; or an argument that system calls don't have.
 pub(super) fn check(seccomp: &LinuxSeccomp) -> Result<(), Error> {
-    const FIELD: &str = "linux.seccomp";
+    check_arguments(seccomp)?;
     const NOTIFY: LinuxSeccompAction = LinuxSeccompAction::ScmpActNotify;
     if seccomp.default_action() == NOTIFY {
         let reason = "SCMP_ACT_NOTIFY cannot be used as default action";
@@ -32,10 +34,43 @@ pub(super) fn check(seccomp: &LinuxSeccomp) -> Result<(), Error> {
     Err(Error::unsupported(FIELD, reason))
 }
 
+/// System calls have six arguments at most.
+fn check_arguments(seccomp: &LinuxSeccomp) -> Result<(), Error> {
+    const LAST: usize = 5;
+    for call in seccomp.syscalls().iter().flatten() {
+        let mut arguments = call.args().iter().flatten();
+        let Some(wrong) = arguments.find(|argument| argument.index() > LAST) else {
+            continue;
+        };
+        let names = call.names().join(", ");
+        let index = wrong.index();
+        let reason = format!("{names}: a rule for argument {index}, where the last one is {LAST}");
+        return Err(Error::invalid(FIELD, reason));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_rule_for_an_argument_that_no_call_has_is_named() {
+        let said = |index: u32| {
+            let argument = json!({"index": index, "value": 1, "op": "SCMP_CMP_EQ"});
+            let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["read"], "action": "SCMP_ACT_ERRNO"},
+                {"names": ["mkdir", "chmod"], "action": "SCMP_ACT_ERRNO", "args": [argument]}]});
+            check(&serde_json::from_value(seccomp).unwrap()).map_err(|error| error.to_string())
+        };
+        assert_eq!(said(5), Ok(()));
+        let refused = said(6).unwrap_err();
+        assert!(
+            refused.contains("mkdir, chmod: a rule for argument 6"),
+            "{refused}"
+        );
+    }
 
     #[test]
     fn system_calls_are_not_told_to_the_host() {

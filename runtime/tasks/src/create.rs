@@ -227,6 +227,9 @@ impl TaskSet {
         // Interfaces may still be added to a new network namespace before the start.
         if task.spec.network() != Network::New {
             self.make(task)?;
+        } else if !task.is_member() {
+            // Limits that the host refuses are errors of the creation.
+            task.limit_on_host()?;
         }
         Ok(())
     }

@@ -4,14 +4,18 @@ use crate::Error;
 use crate::event::Event;
 use crate::lifecycle::failed_status;
 use crate::machine::GuestProcess;
-use crate::process::{Action, Exit, Handle, Process};
+use crate::process::{Action, Exit, Handle, Process, Status};
 use crate::relay::Relay;
 use crate::set::{SIGKILL, Task, TaskSet};
 use crate::stdio::StdioConfig;
 use crate::sync::spawn;
-use koya::ExecOptions;
 use koya::oci_spec::runtime as oci;
+use koya::{ErrorKind, ExecOptions};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Time between the moment when the guest takes no more processes for a container that was killed, and the report of its end.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// A request to add a process to a task.
 pub struct ExecTask {
@@ -79,6 +83,7 @@ impl TaskSet {
         let (process, relay) = match self.launch(task, &exec) {
             Ok(launched) => launched,
             Err(error) => {
+                let error = unless_ended(task, error);
                 // Waiting clients get this status with the reply.
                 if exec.process.ended(Exit::now(failed_status(&error)), || ()) {
                     self.notify();
@@ -136,4 +141,23 @@ impl TaskSet {
         let relay = exec.process.take_io().connect(streams)?;
         Ok((process, Arc::new(relay)))
     }
+}
+
+/// The error for a process that could not be added: if the container has ended meanwhile, that is the reason.
+fn unless_ended(task: &Task, error: Error) -> Error {
+    let Error::Failed(cause) = &error else {
+        return error;
+    };
+    let kind = cause.downcast_ref().map(koya::Error::kind);
+    if !matches!(kind, Some(ErrorKind::GuestEnded | ErrorKind::NoProcess)) {
+        return error;
+    }
+    let started = Instant::now();
+    while task.init.status() != Status::Stopped {
+        if started.elapsed() > ENDING {
+            return error;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Error::FailedPrecondition("cannot exec in a stopped container".into())
 }

@@ -8,6 +8,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 crate::trials![
@@ -26,6 +27,7 @@ crate::trials![
     volumes_that_overlap_are_the_same_files,
     a_tree_survives_tar,
     what_has_no_size_can_be_sent,
+    another_file_system_of_the_host_is_another_device,
 ];
 
 /// Runs a script on the machine's own files, with `dir` at /mnt.
@@ -446,5 +448,30 @@ fn what_has_no_size_can_be_sent() -> Result<()> {
         first == "Linux" && second.starts_with("Linux version"),
         "{said}"
     );
+    Ok(())
+}
+
+/// microsoft/openvmm 3681, podman's `070-build`: a volume from another file system than the root's. Its space is that of
+/// removed files at once.
+fn another_file_system_of_the_host_is_another_device() -> Result<()> {
+    let dir = scratch("another")?;
+    let at = dir.to_str().context("a path in UTF-8")?;
+    let mount = ["-t", "tmpfs", "-o", "size=3m", "tmpfs", at];
+    stdout(Command::new("mount").args(mount).output()?)?;
+    let script = "mkdir /data/sub; touch /data/sub/inner
+        device() { stat -c %d \"$1\"; }
+        test $(device /) != $(device /data) || echo the same device
+        test $(device /data) = $(device /data/sub/inner) || echo several devices
+        test $(device /) = $(device /bin) || echo another device
+        find / -xdev -name inner; find /data -xdev -name inner
+        df -k /data | awk 'END { print $2, $6 }'
+        for n in 1 2 3 4 5 6 7 8 9 10; do
+            head -c 4m /dev/zero > /data/full 2> /dev/null
+            rm /data/full; echo $n > /data/new || echo no space
+        done; cat /data/new";
+    let said = sh(&["-v", &format!("{at}:/data")], script);
+    stdout(Command::new("umount").args(["-l", at]).output()?)?;
+    let said = said?;
+    ensure!(said == "/data/sub/inner\n3072 /data\n10", "{said}");
     Ok(())
 }

@@ -7,10 +7,12 @@ use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 crate::trials!(
     processes_are_added_where_users_are_mapped,
     an_added_process_waits_until_a_pause_is_over,
+    a_process_that_is_added_at_the_end_fails_for_that,
     what_a_process_lacks_is_said_as_by_runc,
     what_podman_passes_to_crun_is_understood,
 );
@@ -39,6 +41,28 @@ fn processes_are_added_where_users_are_mapped() -> Result<()> {
     let said = runtime.ok(&["exec", "--user", "1000:1000", "exec-m", "sh", "-c", script])?;
     ensure!(said == "1000\nopened", "{said}");
     runtime.ok(&["delete", "--force", "exec-m"])?;
+    Ok(())
+}
+
+/// containers/crun 1510 (the same of kill): whenever the container is killed, the process is killed or refused for that.
+fn a_process_that_is_added_at_the_end_fails_for_that() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle("exec sleep 1000", |_| ())?;
+    for delay in [0, 200, 400, 800] {
+        runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "exec-k"])?;
+        let mut exec = runtime.command(&["exec", "exec-k", "sleep", "1000"]);
+        let child = exec.stderr(Stdio::piped()).spawn()?;
+        std::thread::sleep(Duration::from_millis(delay));
+        runtime.ok(&["kill", "exec-k", "KILL"])?;
+        let output = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let is_refused = said.contains("cannot exec in a stopped container");
+        ensure!(
+            output.status.code() == Some(if is_refused { 255 } else { 137 }),
+            "{delay} ms: {said}"
+        );
+        runtime.ok(&["delete", "--force", "exec-k"])?;
+    }
     Ok(())
 }
 

@@ -223,6 +223,7 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_readlinkat: FILES | STARTER => "links, the path of a share";
     SYS_getdents64: FILES | STARTER => "directories";
     SYS_lseek: FILES | STARTER => "directories, holes";
+    SYS_ioctl: FILES | STARTER, [is(1, 0x8008_6601)] => "FS_IOC_GETFLAGS: lsattr";
     SYS_mkdirat: FILES | STARTER => "mkdir";
     SYS_mknodat: FILES | STARTER => "files, FIFOs, sockets, device nodes";
     SYS_symlinkat: FILES | STARTER => "symlink";

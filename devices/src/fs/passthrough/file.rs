@@ -6,9 +6,9 @@ use crate::fs::Cache;
 use crate::fs::inodes::{self, Inode};
 use crate::fs::watch::kind;
 use crate::fs::wire::{
-    CopyFileRangeIn, CreateIn, EntryOut, FSYNC_FDATASYNC, FallocateIn, FsyncIn, LseekIn,
-    OPEN_KILL_SUIDGID, OpenIn, OpenOut, ROOT_ID, ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn,
-    fopen,
+    CopyFileRangeIn, CreateIn, EntryOut, FS_IOC_GETFLAGS, FSYNC_FDATASYNC, FallocateIn, FsyncIn,
+    IoctlIn, LseekIn, OPEN_KILL_SUIDGID, OpenIn, OpenOut, ROOT_ID, ReadIn, WRITE_CACHE,
+    WRITE_KILL_SUIDGID, WriteIn, fopen,
 };
 use crate::sys;
 use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
@@ -354,6 +354,18 @@ impl Passthrough {
             _ => return Err(Errno::INVAL),
         };
         rustix::fs::seek(&handle.file, to)
+    }
+
+    /// FUSE_IOCTL: the flags of a file, as shown by lsattr(1). The guest does not change them: some bind the host's root, too.
+    ///
+    /// # Errors
+    /// The error from the host; ENOSYS for anything else, which programs see as ENOTTY.
+    pub fn ioctl(&self, nodeid: u64, arg: &IoctlIn) -> Result<u32, Errno> {
+        if arg.cmd != FS_IOC_GETFLAGS || arg.out_size as usize != size_of::<u32>() {
+            return Err(Errno::NOSYS);
+        }
+        let handle = self.handle(arg.fh, nodeid)?;
+        Ok(rustix::fs::ioctl_getflags(&handle.file)?.bits())
     }
 
     /// FUSE_COPY_FILE_RANGE

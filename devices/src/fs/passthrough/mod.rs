@@ -18,6 +18,7 @@ use super::Cache;
 use super::handles::{Handle, Handles};
 use super::inodes::{self, Found, Inode, Inodes};
 use super::shares::{Listener, Move, Share, Shares};
+use super::space::Removals;
 use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 pub(super) use cookies::Cookies;
@@ -92,6 +93,7 @@ pub struct Passthrough {
     descriptors: Arc<Directory>,
     /// `Some` if this process can't change the owner of files.
     owners: Option<Owners>,
+    pub(super) removals: Removals,
 }
 
 impl Passthrough {
@@ -126,12 +128,19 @@ impl Passthrough {
             _listener: listener,
             descriptors: Directory::get()?,
             owners: Owners::needed(),
+            removals: Removals::default(),
         })
     }
 
     /// The options of the file system.
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// Whether the guest gives each file system of the host a device number, as Koya's guest kernel does. To be called
+    /// before it looks anything up.
+    pub fn set_has_devices(&self, has_devices: bool) {
+        self.inodes.set_has_devices(has_devices);
     }
 
     /// Drops all state of the guest, which is gone.

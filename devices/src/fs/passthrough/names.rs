@@ -206,7 +206,9 @@ impl Passthrough {
             AtFlags::empty()
         };
         let fd = self.inodes.fd(&directory)?;
-        self.opening_up(&[&directory], || rustix::fs::unlinkat(&fd, name, flags))
+        self.opening_up(&[&directory], || rustix::fs::unlinkat(&fd, name, flags))?;
+        self.removals.note();
+        Ok(())
     }
 
     /// FUSE_RENAME and FUSE_RENAME2
@@ -241,6 +243,7 @@ impl Passthrough {
             }
             moved => moved?,
         }
+        self.removals.note();
         self.note_move((&to, &*to_fd), new_name);
         if flags.contains(RenameFlags::EXCHANGE) {
             self.note_move((&from, &*from_fd), name);

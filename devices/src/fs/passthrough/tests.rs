@@ -12,6 +12,7 @@ use std::ffi::CString;
 use zerocopy::FromBytes;
 
 mod bounds;
+mod flags;
 mod listing;
 mod owners;
 mod users;

@@ -3,6 +3,7 @@
 use super::{LIMIT, Rig, TIMEOUTS};
 use crate::Error;
 use crate::process::Status;
+use koya::vmm::ExitReason;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -110,6 +111,23 @@ fn exec_processes_end_before_the_init_process() {
     ));
     rig.set.delete("c", "e").unwrap();
     assert!(matches!(rig.set.state("c", "e"), Err(Error::NotFound(_))));
+}
+
+#[test]
+fn a_process_that_comes_too_late_fails_for_the_containers_end() {
+    let rig = Rig::new();
+    rig.create("c").unwrap();
+    rig.set.start("c", "").unwrap();
+    rig.exec("c", "e").unwrap();
+    rig.guest.hold("exec c/e");
+    let (set, guest) = (rig.set.clone(), rig.guest.clone());
+    let late = std::thread::spawn(move || set.start("c", "e"));
+    guest.await_call("exec c/e");
+    guest.ends("c", 137);
+    rig.await_event("exit c 137");
+    guest.change(|state| _ = state.ended.get_or_insert(ExitReason::Stopped));
+    let refused = late.join().unwrap().unwrap_err().to_string();
+    assert_eq!(refused, "cannot exec in a stopped container");
 }
 
 #[test]

@@ -106,15 +106,21 @@ fn positions_fit_programs_of_32_bits() {
     }
 }
 
-/// Inode numbers on the first file system are the host's; on others they differ from those.
+/// Inode numbers on the first file system are the host's; on others they differ from those, or the file system has a number.
 #[test]
 fn numbers_of_several_file_systems_differ() {
     use std::os::unix::fs::MetadataExt;
     let f = fixture(0, false);
+    f.files.set_has_devices(true);
     f.shares.add("proc", "/proc", true).unwrap();
+    let attr = |name: &CStr| f.files.lookup(ROOT_ID, name).unwrap().attr;
+    let proc = std::fs::metadata("/proc").unwrap().ino();
+    let found = attr(c"proc");
+    assert_eq!((found.ino, found.flags), (proc, 1 << 16));
+    f.files.clear();
+    f.files.set_has_devices(false);
     f.shares.add("again", f.dir.path(), true).unwrap();
     let own = f.dir.path().metadata().unwrap().ino();
-    let proc = std::fs::metadata("/proc").unwrap().ino();
     let number = |name: &CStr| f.files.lookup(ROOT_ID, name).unwrap().attr.ino;
     assert_eq!(number(c"again"), own);
     assert_eq!(number(c"proc"), proc | 1 << 48);
