@@ -81,7 +81,7 @@ impl Confined {
     /// An operation that not every file system of the host supports.
     fn ask_if_supported(&mut self, opcode: u32, nodeid: u64, body: &[&[u8]]) {
         let (error, _) = self.try_ask(opcode, nodeid, body);
-        let unsupported = [0, libc::EOPNOTSUPP, libc::EINVAL, libc::EPERM];
+        let unsupported = [0, libc::EOPNOTSUPP, libc::EINVAL, libc::EPERM, libc::ENOTTY];
         assert!(unsupported.contains(&error), "operation {opcode}: {error}");
     }
 
@@ -154,6 +154,14 @@ impl Confined {
             ..Default::default()
         };
         self.ask_if_supported(op::COPY_FILE_RANGE, a, &[copy.as_bytes()]);
+        let flags = wire::IoctlIn {
+            fh,
+            cmd: wire::FS_IOC_GETFLAGS,
+            out_size: 4,
+            ..Default::default()
+        };
+        // A tmpfs of an older kernel has none.
+        self.ask_if_supported(op::IOCTL, a, &[flags.as_bytes()]);
         for fsync_flags in [0, wire::FSYNC_FDATASYNC] {
             let sync = wire::FsyncIn {
                 fh,
