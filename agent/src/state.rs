@@ -34,6 +34,9 @@ use std::process::Command;
 use std::rc::Rc;
 use tokio::sync::OnceCell;
 
+/// Time within which all processes of a container end that are killed at once.
+const KILLED_TOGETHER: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// Key of a process: container ID, and exec ID (empty for the first process).
 pub(crate) type Key = (String, String);
 
@@ -332,6 +335,14 @@ impl State {
             )
             .await;
         fs::remove_file(&path).ok();
+        // A container is killed as a whole: the new process may be the first of it that is gone.
+        if made.is_err()
+            && let Ok(end) = self.with(&(id.to_owned(), String::new()), |p| p.end.clone())
+        {
+            tokio::time::timeout(KILLED_TOGETHER, reaper::wait(end))
+                .await
+                .ok();
+        }
         // The first process may have ended meanwhile, after the others were killed.
         match self.running(id) {
             Ok(_) => made,
