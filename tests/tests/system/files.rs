@@ -28,6 +28,7 @@ crate::trials![
     a_tree_survives_tar,
     what_has_no_size_can_be_sent,
     another_file_system_of_the_host_is_another_device,
+    names_of_one_file_are_made_while_others_go,
 ];
 
 /// Runs a script on the machine's own files, with `dir` at /mnt.
@@ -473,5 +474,26 @@ fn another_file_system_of_the_host_is_another_device() -> Result<()> {
     stdout(Command::new("umount").args(["-l", at]).output()?)?;
     let said = said?;
     ensure!(said == "/data/sub/inner\n3072 /data\n10", "{said}");
+    Ok(())
+}
+
+/// Several processes make and remove names of one file: none finds that it has no name any more, but a removed file
+/// gets none.
+fn names_of_one_file_are_made_while_others_go() -> Result<()> {
+    let dir = scratch("names")?;
+    let script = r#"
+        open(my $file, ">", "one"); close $file;
+        for my $n (1 .. 4) {
+            next if fork;
+            for (1 .. 100) { link("one", "one$n") && stat("one") && unlink("one$n") && stat("one") or print "$n: $!\n" }
+            exit;
+        }
+        1 while wait != -1;
+        open($file, "<", "one"); unlink "one";
+        my ($from, $to) = ("/proc/self/fd/" . fileno $file, "two");
+        sc(265, -100, $from, -100, $to, 0x400) == 0 ? print "linked\n" : print "$!\n";
+        print((stat $file)[3], "\n");"#;
+    let said = perl(&dir, &[], script)?;
+    ensure!(said == "No such file or directory\n0", "{said}");
     Ok(())
 }
