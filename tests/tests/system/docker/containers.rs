@@ -1,6 +1,6 @@
 //! Options of `docker run`, and requests to a running container.
 
-use super::{Docker, IMAGE, Kind, line};
+use super::{Docker, Kind, line};
 use crate::daemon::ended;
 use crate::tool::{scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
