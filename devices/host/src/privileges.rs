@@ -136,15 +136,6 @@ pub fn limit_privileges(program: Program) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives up the capabilities of this thread that the program does not need. Programs that it executes have those of its
-/// user all the same: for a thread that starts programs of others.
-///
-/// # Errors
-/// The error from the kernel.
-pub fn limit_capabilities(program: Program) -> io::Result<()> {
-    walls::keep_capabilities(program.capabilities())
-}
-
 /// Removes all other capabilities from the bounding set of this thread, which limits the programs that it executes.
 fn reduce_bounding_set(kept: CapabilitySet) -> io::Result<()> {
     // Without the privilege, programs get no more than this thread has, by `no_new_privs`.
@@ -291,20 +282,6 @@ mod tests {
             }
         }
         assert_eq!(own(), before, "other threads are not affected");
-    }
-
-    #[test]
-    fn a_thread_for_programs_of_others_passes_on_more_than_it_has() {
-        let before = own();
-        let limited = thread::spawn(|| {
-            limit_capabilities(Program::Runtime).unwrap();
-            own()
-        });
-        let after = limited.join().unwrap();
-        let kept = Program::Runtime.capabilities().bits();
-        assert_eq!(after["CapPrm"], before["CapPrm"] & kept);
-        assert_eq!(after["CapBnd"], before["CapBnd"]);
-        assert_eq!(after["NoNewPrivs"], before["NoNewPrivs"]);
     }
 
     #[test]

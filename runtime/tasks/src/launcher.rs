@@ -1,13 +1,14 @@
 //! The privileges of a process that holds a sandbox, and the thread that keeps those of the programs that it starts.
 //!
 //! Hooks and loggers have the privileges of their caller, as with other runtimes: they may expect all capabilities of root,
-//! and be set-user-ID. A process that has given these up could not start them. Capabilities and `no_new_privs` are per
-//! thread, so one thread, which does nothing else, passes them on.
+//! and be set-user-ID. A process that has given these up could not start them: it could not even open Docker's hook, which is
+//! `/proc/PID/exe` of a daemon with more capabilities than its own. Capabilities and `no_new_privs` are per thread, so one
+//! thread, which does nothing else, keeps them and passes them on.
 
 use crate::sync::spawn;
 use anyhow::{Context, Result, anyhow};
 use koya::Settings;
-use koya::vmm::host::privileges::{Program, limit_capabilities, limit_privileges};
+use koya::vmm::host::privileges::{Program, limit_privileges};
 use koya::vmm::host::sys::unshare_fs_state;
 use nix::sched::{CloneFlags, setns};
 use std::fs::{self, File};
@@ -42,9 +43,6 @@ pub fn give_up_privileges(starts_programs: bool) -> Result<()> {
 }
 
 fn serve(requests: Receiver<Work>) {
-    if let Err(error) = limit_capabilities(Program::Runtime) {
-        log::warn!("the thread for hooks and loggers keeps all capabilities: {error}");
-    }
     for work in requests {
         // Several may be in progress. Without a thread the work is dropped, and whoever waits for it is told.
         if let Err(error) = spawn("koya-launch", work) {

@@ -94,7 +94,6 @@ fn check(pid: u32, kept: u64) -> Result<Vec<Thread>> {
     for thread in &threads {
         let name = &thread.name;
         let sets = thread.permitted | thread.effective;
-        ensure!(sets & !kept == 0, "{name} has {sets:#x}");
         ensure!(thread.inherited == 0, "{name}: {:#x}", thread.inherited);
         if LAUNCHERS.contains(&name.as_str()) {
             ensure!(
@@ -102,6 +101,7 @@ fn check(pid: u32, kept: u64) -> Result<Vec<Thread>> {
                 "{name}"
             );
         } else {
+            ensure!(sets & !kept == 0, "{name} has {sets:#x}");
             ensure!(
                 thread.bounding & !kept == 0,
                 "{name}: {:#x}",
