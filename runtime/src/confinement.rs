@@ -10,7 +10,7 @@ use rustix::process::getpid;
 use rustix::thread::{CapabilitySet, CoreSchedulingScope, capabilities, core_scheduling_cookie};
 use serde_json::{Value, json};
 use std::fs::{self, File, Metadata};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
@@ -102,11 +102,12 @@ fn create(path: &Path) -> io::Result<File> {
 }
 
 fn of_this_process(is_confined: bool) -> io::Result<Value> {
-    let host = fs::metadata("/")?;
+    let root = fs::metadata("/")?;
+    let has_selinux = Path::new("/sys/fs/selinux/enforce").exists();
     let mut threads = Vec::new();
     for task in fs::read_dir("/proc/self/task")? {
         // One that ends meanwhile is left out.
-        threads.extend(thread(&task?.path(), &host));
+        threads.extend(thread(&task?.path(), &root, has_selinux));
     }
     let cookie = core_scheduling_cookie(getpid(), CoreSchedulingScope::Thread);
     Ok(json!({
@@ -119,9 +120,10 @@ fn of_this_process(is_confined: bool) -> io::Result<Value> {
     }))
 }
 
-/// A thread by its directory in /proc; `host` is the root directory of the calling thread.
-fn thread(task: &Path, host: &Metadata) -> Option<Value> {
-    let status = fs::read_to_string(task.join("status")).ok()?;
+/// A thread by its directory in /proc, where each further file costs time; `host` is the root directory of the calling
+/// thread.
+fn thread(task: &Path, host: &Metadata, has_selinux: bool) -> Option<Value> {
+    let status = read(&task.join("status"))?;
     let field = |name: &str| {
         let mut lines = status.lines();
         let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
@@ -133,33 +135,42 @@ fn thread(task: &Path, host: &Metadata) -> Option<Value> {
         "1" => "strict",
         _ => "filter",
     };
-    let root = task.join("root");
-    let found = fs::metadata(&root).ok()?;
-    let is_host = (found.dev(), found.ino()) == (host.dev(), host.ino());
-    // PROC_SUPER_MAGIC: the directory of descriptors.
-    let is_own = statfs(&root).is_ok_and(|found| found.f_type == 0x9fa0);
-    let root = match (is_host, is_own) {
-        (true, _) => "host",
-        (false, true) => "own",
-        // A thread that shows a container's files to tools of the host.
-        (false, false) => "container",
-    };
     let label = |file: &str| {
-        let text = fs::read_to_string(task.join("attr").join(file)).ok()?;
+        let text = read(&task.join("attr").join(file))?;
         let text = text.trim_end_matches(['\n', '\0']).to_owned();
         (!text.is_empty()).then_some(text)
     };
-    let has_selinux = Path::new("/sys/fs/selinux/enforce").exists();
     Some(json!({
         "role": field("Name")?,
         "id": field("Pid")?.parse::<u32>().ok()?,
         "seccomp": seccomp,
         "capabilities": field("CapEff")?,
         "no_new_privileges": field("NoNewPrivs") == Some("1"),
-        "root": root,
+        "root": root_of(&task.join("root"), host)?,
         "apparmor": label("apparmor/current"),
         "selinux": has_selinux.then(|| label("current")).flatten(),
     }))
+}
+
+/// What a thread has as its root directory.
+fn root_of(root: &Path, host: &Metadata) -> Option<&'static str> {
+    let found = fs::metadata(root).ok()?;
+    if (found.dev(), found.ino()) == (host.dev(), host.ino()) {
+        return Some("host");
+    }
+    // PROC_SUPER_MAGIC: the directory of descriptors.
+    match statfs(root).is_ok_and(|found| found.f_type == 0x9fa0) {
+        true => Some("own"),
+        // A thread that shows a container's files to tools of the host.
+        false => Some("container"),
+    }
+}
+
+/// The text of a file in /proc, which has no size: by one read.
+fn read(path: &Path) -> Option<String> {
+    let mut text = String::with_capacity(4096);
+    File::open(path).ok()?.read_to_string(&mut text).ok()?;
+    Some(text)
 }
 
 #[cfg(test)]

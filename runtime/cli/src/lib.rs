@@ -25,6 +25,7 @@ mod output;
 mod parse;
 mod programs;
 mod publish;
+mod recorder;
 mod removal;
 mod run;
 mod signals;

@@ -12,6 +12,7 @@ use super::parse::{
     Security, parse_cache, parse_device, parse_disk, parse_pids, parse_security, parse_signal,
     parse_sysctl, parse_ulimit,
 };
+use super::recorder::Recorder;
 use super::signals::forwarded_signals;
 use super::size::SizeArgs;
 use super::state::{self, Directory, Owned, Record};
@@ -383,6 +384,7 @@ const EXEC_LIMIT: Duration = Duration::from_secs(1);
 
 /// A running container.
 struct Live {
+    _recorder: Option<Recorder>,
     sandbox: Arc<Sandbox>,
     container: Arc<Container>,
     pumps: Pumps,
@@ -434,7 +436,6 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         began: Some(began),
     });
     let sandbox = Arc::new(Sandbox::start(&sandbox)?);
-    owned.directory.record_confinement(record.confined);
     args.net.serve_ports(&sandbox)?;
     let mut container = sandbox.create(&record.name, &config)?;
     let streams = ProcessStreams::take(container.process_mut());
@@ -458,10 +459,15 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     }
     let execs = super::control::serve(owned, container.clone(), sandbox.clone(), stop_signal)?;
     container.start()?;
-    if args.detach {
+    let recorder = if args.detach {
+        owned.directory.record_confinement(record.confined);
         detach::announce(&record.name)?;
-    }
+        None
+    } else {
+        Some(Recorder::start(owned.directory.clone(), record.confined)?)
+    };
     Ok(Live {
+        _recorder: recorder,
         sandbox,
         container,
         pumps,
