@@ -221,6 +221,11 @@ fn relations() -> Result<Vec<[i32; 3]>> {
     Ok(found)
 }
 
+/// Whether a process with this name is pasta: it may execute a variant of itself for newer CPUs, `passt.avx2`.
+fn is_pasta(name: &str) -> bool {
+    name.starts_with("pasta") || name.starts_with("passt")
+}
+
 /// pasta and its shell are in a process group of their own, whose first process is a child of `koya run`.
 fn a_user_network_killed_at_any_point_leaves_nothing() -> Result<()> {
     let volume = scratch("kills")?;
@@ -253,7 +258,7 @@ fn a_user_network_killed_at_any_point_leaves_nothing() -> Result<()> {
     let whole = began.elapsed();
     let there = helpers(child.id())?;
     ensure!(
-        there.iter().any(|(_, name)| name.starts_with("pasta")),
+        there.iter().any(|(_, name)| is_pasta(name)),
         "no pasta: {there:?}"
     );
     child.kill()?;
@@ -271,7 +276,7 @@ fn a_user_network_killed_at_any_point_leaves_nothing() -> Result<()> {
         std::thread::sleep(after);
         let group = helpers(child.id())?;
         let shell = group.iter().map(|(pid, _)| *pid).min();
-        let pasta = group.iter().find(|(_, name)| name.starts_with("pasta"));
+        let pasta = group.iter().find(|(_, name)| is_pasta(name));
         let pasta = pasta.map(|(pid, _)| *pid);
         let own = Some(child.id() as i32);
         let all: Vec<i32> = own
