@@ -4,7 +4,7 @@ use crate::Error;
 use crate::event::Event;
 use crate::machine::GuestContainer;
 use crate::mounts::{self, Mount};
-use crate::namespaces::{HOST_NETWORK, Network, own_pid};
+use crate::namespaces::{HOST_NETWORK, Network, OTHERS_DEVICES, own_pid};
 use crate::notify::NotifySocket;
 use crate::pid_holder::PidHolder;
 use crate::process::{Exit, Handle, Process};
@@ -197,6 +197,8 @@ impl TaskSet {
         }
         if !task.is_member() {
             task.share_time_on_host();
+        } else if !koya::net_devices_of(&task.spec.0)?.is_empty() {
+            return Err(anyhow!(OTHERS_DEVICES).into());
         }
         if task.is_pod() {
             // The rest of its configuration is not used.
