@@ -31,6 +31,7 @@ mod oci_descriptors;
 mod oci_exec;
 mod oci_limits;
 mod oci_mounts;
+mod oci_net_devices;
 mod oci_notify;
 mod oci_seccomp;
 mod oci_sysctls;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         oci_exec::trials(),
         oci_limits::trials(),
         oci_mounts::trials(),
+        oci_net_devices::trials(),
         oci_notify::trials(),
         oci_seccomp::trials(),
         oci_sysctls::trials(),
