@@ -80,7 +80,7 @@ pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{
     ContainerConfig, Device, Direction, ExecOptions, ExtraFd, GuestDevice, ProcessConfig,
-    ProcessStreams, Resolver, Rlimit, Stdio, Tmpfs, User, Volume,
+    ProcessStreams, Resolver, Rlimit, SocketName, Stdio, Tmpfs, User, Volume,
 };
 pub use dns::DnsForwarder;
 pub use egress_filter::host_addresses;
@@ -103,6 +103,7 @@ pub use oci::{
 };
 pub use oci_spec;
 pub use patience::DiskWrites;
+pub use pending_streams::GuestListener;
 pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;
