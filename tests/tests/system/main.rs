@@ -30,6 +30,7 @@ mod oci_cpus;
 mod oci_descriptors;
 mod oci_exec;
 mod oci_limits;
+mod oci_listeners;
 mod oci_mounts;
 mod oci_net_devices;
 mod oci_notify;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         oci_descriptors::trials(),
         oci_exec::trials(),
         oci_limits::trials(),
+        oci_listeners::trials(),
         oci_mounts::trials(),
         oci_net_devices::trials(),
         oci_notify::trials(),
