@@ -83,6 +83,8 @@ pub(crate) trait VirtualMachine: Send + Sync {
         bundle: &Bundle,
         wanted: &ProcessStreams,
     ) -> Result<(Arc<dyn GuestContainer>, Streams), koya::Error>;
+    /// Whether the guest has all interfaces of its network namespace.
+    fn has_interfaces(&self) -> anyhow::Result<bool>;
     fn ended(&self) -> Option<ExitReason>;
     fn wait_ended(&self) -> ExitReason;
     fn next_oom(&self) -> Result<(String, u64), koya::Error>;
@@ -219,6 +221,10 @@ impl VirtualMachine for SandboxMachine {
         let mut container = self.sandbox.create_oci(id, bundle, wanted.clone())?;
         let streams = Streams::take(container.process_mut());
         Ok((Arc::new(container), streams))
+    }
+
+    fn has_interfaces(&self) -> anyhow::Result<bool> {
+        Ok(self.sandbox.has_interfaces(&current_interfaces()?))
     }
 
     fn ended(&self) -> Option<ExitReason> {

@@ -17,10 +17,6 @@ pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual mac
 const OTHERS_NETWORK: &str = "the network of another container can't be shared: each has a virtual machine \
                               of its own";
 
-/// A machine gets the devices of its first container before its start.
-pub(crate) const OTHERS_DEVICES: &str = "linux.netDevices: not possible for a container that shares the network of \
-                                         another: give its network devices to that one";
-
 /// Interfaces that the kernel creates in each network namespace, and that carry no traffic.
 const KERNELS: [&str; 10] = [
     "lo", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0",
@@ -88,16 +84,30 @@ impl Network {
 /// Moves the calling thread into the network namespace of a configuration, as [`Network::enter`] does, and the network devices
 /// that the configuration gives to the container.
 pub(crate) fn enter(spec: &Spec) -> Result<()> {
+    enter_with_devices(spec, Network::enter)
+}
+
+/// The same as [`Network::enter_named`] does.
+pub(crate) fn enter_named(spec: &Spec) -> Result<()> {
+    enter_with_devices(spec, Network::enter_named)
+}
+
+fn enter_with_devices(spec: &Spec, enter: fn(&Network) -> Result<()>) -> Result<()> {
     let network = Network::of(spec);
     let devices = koya::net_devices_of(spec)?;
     if devices.is_empty() {
-        return network.enter();
+        return enter(&network);
     }
-    let is_root = rustix::process::geteuid().is_root() && !is_in_user_namespace();
-    check_devices(&devices, is_root)?;
     let host = open(Path::new("/proc/thread-self/ns/net"))?;
-    network.enter()?;
-    Ok(koya::move_net_devices(&host, &devices)?)
+    enter(&network)?;
+    move_devices(&host, &devices)
+}
+
+/// Moves network devices of this namespace of the host to that of the calling thread.
+pub(crate) fn move_devices(host: &File, devices: &[NetDevice]) -> Result<()> {
+    let is_root = rustix::process::geteuid().is_root() && !is_in_user_namespace();
+    check_devices(devices, is_root)?;
+    Ok(koya::move_net_devices(host, devices)?)
 }
 
 /// What is known to be impossible before a device is moved, from which it may not come back.

@@ -157,12 +157,12 @@ impl Spec {
     }
 
     /// Moves the calling thread, the only one of its process, into the network namespace of another container, for a process
-    /// that represents a container in the other one's sandbox.
+    /// that represents a container in the other one's sandbox; its network devices are moved there, too.
     ///
     /// # Errors
-    /// If it can't be entered.
+    /// If it can't be entered, or the device that can't be moved.
     pub fn enter_network_of_another(&self) -> Result<(), Error> {
-        Ok(self.network().enter_named()?)
+        Ok(namespaces::enter_named(&self.0)?)
     }
 
     /// The name server of Docker's user-defined networks, if the container uses it: on the loopback of its network namespace
