@@ -3,6 +3,7 @@
 //! Its packages come from the host's package cache; the rig has no network, so the tree is created in advance (`cargo xtask
 //! test` does so once and keeps it).
 
+use crate::calls::with_numbers;
 use crate::tool::{run_in, scratch_base, stdout};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
@@ -128,8 +129,7 @@ fn groups_of_a_container_have_device_rules_of_their_own() -> Result<()> {
     // A program that denies all devices, and the accesses of a process in its group.
     let script = r#"
         use strict;
-        my $number = `uname -m` =~ /x86_64/ ? 321 : 280;
-        sub bpf { my ($command, $attributes) = @_; my $got = syscall($number, $command, $attributes, length $attributes);
+        sub bpf { my ($command, $attributes) = @_; my $got = syscall(SYS_bpf, $command, $attributes, length $attributes);
             die "bpf($command): $!" if $got < 0; $got }
         sub at { unpack "Q", pack "P", $_[0] }
         my $code = pack("CCsl", 0xb7, 0, 0, 0) . pack("CCsl", 0x95, 0, 0, 0);
@@ -145,7 +145,11 @@ fn groups_of_a_container_have_device_rules_of_their_own() -> Result<()> {
     "#;
     let root = debian()?;
     let options = ["--memory", "1g", "--privileged"];
-    let said = stdout(run_in(&root, &options, &["perl", "-e", script])?)?;
+    let said = stdout(run_in(
+        &root,
+        &options,
+        &["perl", "-e", &with_numbers(script)],
+    )?)?;
     ensure!(said == "before after: Operation not permitted", "{said}");
     Ok(())
 }

@@ -2,6 +2,7 @@
 //!
 //! Tests that need more than a shell use the machine's own root file system, read-only, with its perl.
 
+use crate::calls::with_numbers;
 use crate::tool::{run, run_in, scratch, sh, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs;
@@ -37,6 +38,7 @@ fn perl(dir: &Path, options: &[&str], script: &str) -> Result<String> {
     let mut all = vec!["--read-only", "-v", &volume, "--workdir", "/mnt"];
     all.extend(options);
     // Perl passes numbers by value and strings by address, which must be those of variables.
+    let script = with_numbers(script);
     let script = format!("sub sc {{ my ($n, @a) = @_; syscall($n, @a) }}\n{script}");
     stdout(run_in(Path::new("/"), &all, &["perl", "-e", &script])?)
 }
@@ -127,10 +129,10 @@ fn names_links_and_modes() -> Result<()> {
         umask 027; open(F, '>', 'u') or die $!; close F; S_IMODE((stat 'u')[2]) == 0640 or die 'umask';
         utime(1000, 2000, 'c') or die $!; (stat 'c')[8] == 1000 && (stat 'c')[9] == 2000 or die 'times';
         truncate('c', 100) or die $!; -s 'c' == 100 or die 'size';
-        # renameat2 with RENAME_EXCHANGE and RENAME_NOREPLACE
-        sc(316, -100, 'c', -100, 'u', 2) == 0 or die "exchange $!";
+        # RENAME_EXCHANGE and RENAME_NOREPLACE
+        sc(SYS_renameat2, -100, 'c', -100, 'u', 2) == 0 or die "exchange $!";
         -s 'u' == 100 or die 'exchanged';
-        sc(316, -100, 'c', -100, 'u', 1) == -1 or die 'noreplace';
+        sc(SYS_renameat2, -100, 'c', -100, 'u', 1) == -1 or die 'noreplace';
         for my $n (1..500) { open(F, '>', "d/$n") or die $!; close F }
         opendir(D, 'd') or die $!; my @e = grep { !/^\./ } readdir D; @e == 501 or die scalar @e;
         my %s; $s{$_}++ for @e; keys %s == 501 or die 'twice';
@@ -158,10 +160,10 @@ fn open_but_unlinked_files_work() -> Result<()> {
         syswrite(F, 'alive') == 5 or die $!;
         my @s = stat F; @s or die "fstat $!"; $s[3] == 0 or die 'links'; $s[7] == 5 or die 'size';
         truncate(F, 3) or die $!; sysseek(F, 0, 0); sysread(F, my $b, 9) == 3 or die $!; $b eq 'ali' or die $b;
-        # O_TMPFILE | O_RDWR, then a name by linkat through /proc
-        my $fd = sc(257, -100, '.', 020200000 | 2, 0600); $fd >= 0 or die "tmpfile $!";
+        # O_RDWR, then a name by linkat through /proc
+        my $fd = sc(SYS_openat, -100, '.', O_TMPFILE | 2, 0600); $fd >= 0 or die "tmpfile $!";
         open(T, '+<&=', $fd) or die $!; syswrite(T, 'named') or die $!;
-        sc(265, -100, "/proc/self/fd/$fd", -100, 'named', 0x400) == 0 or die "linkat $!";
+        sc(SYS_linkat, -100, "/proc/self/fd/$fd", -100, 'named', 0x400) == 0 or die "linkat $!";
         "#,
     )?;
     ensure!(fs::read_to_string(dir.join("named"))? == "named");
@@ -177,9 +179,9 @@ fn owners_and_device_nodes() -> Result<()> {
         &["--cap-add", "MKNOD"],
         r#"
         open(F, '>', 'mine') or die $!; close F; chown(33, 40, 'mine') or die $!;
-        symlink('x', 'link') or die $!; sc(94, 'link', 33, 40) == 0 or die "lchown $!";
-        sc(133, 'fifo', 010644, 0) == 0 or die "fifo $!";
-        sc(133, 'null', 020666, (1 << 8) | 3) == 0 or die "node $!";
+        symlink('x', 'link') or die $!; sc(SYS_fchownat, -100, 'link', 33, 40, 0x100) == 0 or die "lchown $!";
+        sc(SYS_mknodat, -100, 'fifo', 010644, 0) == 0 or die "fifo $!";
+        sc(SYS_mknodat, -100, 'null', 020666, (1 << 8) | 3) == 0 or die "node $!";
         mkdir 'sgid' or die $!; chown(0, 50, 'sgid') or die $!; chmod 02777, 'sgid' or die $!;
         $) = '40 40'; $> = 33;
         open(F, '>', 'theirs') or die $!; close F;
@@ -210,12 +212,12 @@ fn a_file_that_changes_loses_its_privileges() -> Result<()> {
             &["--privileged", "--cache", cache],
             r#"
             sub mode { sprintf '%o', (stat $_[0])[2] & 07777 }
-            sub capable { my ($f, $k, $b) = ($_[0], 'security.capability', "\0" x 100); syscall(191, $f, $k, $b, 100) > 0 }
+            sub capable { my ($f, $k, $b) = ($_[0], 'security.capability', "\0" x 100); syscall(SYS_getxattr, $f, $k, $b, 100) > 0 }
             # VFS_CAP_REVISION_2 with CAP_NET_RAW
             my $cap = pack('V5', 0x02000000, 1 << 13, 0, 0, 0); my $key = 'security.capability';
             for my $f ('written', 'cut', 'given') {
                 open(F, '>', $f) or die $!; print F 'text'; close F; chmod 06777, $f or die $!;
-                sc(188, $f, $key, $cap, length $cap, 0) == 0 or die "set $!"; capable($f) or die 'not set';
+                sc(SYS_setxattr, $f, $key, $cap, length $cap, 0) == 0 or die "set $!"; capable($f) or die 'not set';
             }
             chown(33, 33, 'given') or die $!; capable('given') and die 'given';
             mode('given') eq '777' or die mode('given');
@@ -236,14 +238,14 @@ fn extended_attributes_are_mapped() -> Result<()> {
         &["--privileged"],
         r#"
         open(F, '>', 'f') or die $!; close F;
-        sub set { sc(188, 'f', $_[0], $_[1], length $_[1], $_[2] // 0) }
-        sub get { my ($f, $k, $b) = ('f', $_[0], "\0" x 100); my $n = syscall(191, $f, $k, $b, 100); $n < 0 ? undef : substr($b, 0, $n) }
+        sub set { sc(SYS_setxattr, 'f', $_[0], $_[1], length $_[1], $_[2] // 0) }
+        sub get { my ($f, $k, $b) = ('f', $_[0], "\0" x 100); my $n = syscall(SYS_getxattr, $f, $k, $b, 100); $n < 0 ? undef : substr($b, 0, $n) }
         set('user.a', 'one') == 0 or die "user $!"; get('user.a') eq 'one' or die 'get';
         set('trusted.b', 'two') == 0 or die "trusted $!"; get('trusted.b') eq 'two' or die 'trusted';
         set('user.a', 'x', 1) == -1 or die 'create'; set('user.none', 'x', 2) == -1 or die 'replace';
         set('user.koya.trusted.b', 'evil') == -1 or die 'the map is open';
-        my ($f, $b) = ('f', "\0" x 200); my $n = syscall(194, $f, $b, 200); join(' ', sort split /\0/, substr($b, 0, $n)) eq 'trusted.b user.a' or die substr($b, 0, $n);
-        sc(197, 'f', 'trusted.b') == 0 or die "remove $!"; defined get('trusted.b') and die 'removed';
+        my ($f, $b) = ('f', "\0" x 200); my $n = syscall(SYS_listxattr, $f, $b, 200); join(' ', sort split /\0/, substr($b, 0, $n)) eq 'trusted.b user.a' or die substr($b, 0, $n);
+        sc(SYS_removexattr, 'f', 'trusted.b') == 0 or die "remove $!"; defined get('trusted.b') and die 'removed';
         set('trusted.b', 'kept') == 0 or die $!;
         "#,
     )?;
@@ -265,15 +267,15 @@ fn sparse_files_and_holes() -> Result<()> {
         &[],
         r#"
         open(F, '+>', 's') or die $!; sysseek(F, 100 << 20, 0); syswrite(F, 'end') or die $!;
-        sc(8, fileno F, 0, 3) == 100 << 20 or die "data $!";
-        sc(8, fileno F, 0, 4) == 0 or die "hole $!";
-        sc(285, fileno F, 0, 0, 1 << 20) == 0 or die "fallocate $!";
+        sc(SYS_lseek, fileno F, 0, 3) == 100 << 20 or die "data $!";
+        sc(SYS_lseek, fileno F, 0, 4) == 0 or die "hole $!";
+        sc(SYS_fallocate, fileno F, 0, 0, 1 << 20) == 0 or die "fallocate $!";
         (stat F)[12] >= 2048 or die 'blocks';
-        sc(285, fileno F, 3, 0, 1 << 20) == 0 or die "punch $!";
+        sc(SYS_fallocate, fileno F, 3, 0, 1 << 20) == 0 or die "punch $!";
         (stat F)[12] < 2048 or die 'punched';
         my ($in, $out) = (pack('q', 100 << 20), pack('q', 0));
         open(G, '+>', 'copy') or die $!;
-        sc(326, fileno F, $in, fileno G, $out, 3, 0) == 3 or die "copy $!";
+        sc(SYS_copy_file_range, fileno F, $in, fileno G, $out, 3, 0) == 3 or die "copy $!";
         sysseek(G, 0, 0); sysread(G, my $b, 9); $b eq 'end' or die $b;
         "#,
     )?;
@@ -289,13 +291,13 @@ fn shared_maps_work_under_every_policy() -> Result<()> {
             &["--cache", cache],
             r#"
             open(F, '+>', 'm') or die $!; syswrite(F, "\0" x 8192) or die $!;
-            my $p = sc(9, 0, 8192, 3, 1, fileno F, 0); $p > 0 or die "mmap $!";
+            my $p = sc(SYS_mmap, 0, 8192, 3, 1, fileno F, 0); $p > 0 or die "mmap $!";
             my $data = 'mapped'; my $to = pack('q', $p + 5000);
             # process_vm_writev to ourselves stands in for a store through a pointer
             my $from = unpack('q', pack('p', $data));
             my $l = pack('qq', $from, 6); my $r = pack('qq', $p + 5000, 6);
-            sc(311, $$ + 0, $l, 1, $r, 1, 0) == 6 or die "store $!";
-            sc(26, $p, 8192, 4) == 0 or die "msync $!";
+            sc(SYS_process_vm_writev, $$ + 0, $l, 1, $r, 1, 0) == 6 or die "store $!";
+            sc(SYS_msync, $p, 8192, 4) == 0 or die "msync $!";
             "#,
         )?;
         let bytes = fs::read(dir.join("m"))?;
@@ -491,7 +493,7 @@ fn names_of_one_file_are_made_while_others_go() -> Result<()> {
         1 while wait != -1;
         open($file, "<", "one"); unlink "one";
         my ($from, $to) = ("/proc/self/fd/" . fileno $file, "two");
-        sc(265, -100, $from, -100, $to, 0x400) == 0 ? print "linked\n" : print "$!\n";
+        sc(SYS_linkat, -100, $from, -100, $to, 0x400) == 0 ? print "linked\n" : print "$!\n";
         print((stat $file)[3], "\n");"#;
     let said = perl(&dir, &[], script)?;
     ensure!(said == "No such file or directory\n0", "{said}");

@@ -1,6 +1,7 @@
 //! Features of the guest kernel, as used by programs in containers: it has no modules, so a missing feature cannot be
 //! loaded.
 
+use crate::calls::with_numbers;
 use crate::debian::debian;
 use crate::tool::{busybox, koya, run, run_in, scratch, stdout};
 use anyhow::{Context, Result, ensure};
@@ -153,9 +154,9 @@ fn links_of_container_networks_are_made() -> Result<()> {
 /// monitors read (landley/toybox 422); a key for TCP's MD5 signatures, as BGP daemons set it.
 fn features_that_programs_ask_for_are_there() -> Result<()> {
     let root = debian()?;
-    let script = r#"$fd = syscall(323, 1); $api = pack("Q3", 0xAA, 0, 0);
+    let script = r#"$fd = syscall(SYS_userfaultfd, 1); $api = pack("Q3", 0xAA, 0, 0);
         die "no userfaultfd: $!" if $fd < 0;
-        die "no handshake: $!" if syscall(16, $fd, 0xc018aa3f, $api) < 0;
+        die "no handshake: $!" if syscall(SYS_ioctl, $fd, 0xc018aa3f, $api) < 0;
         print "its ioctls: ", (unpack("Q3", $api))[2] ? "some" : "none";
         open $file, "<", "/proc/vmstat" or die "no counters: $!";
         %counters = map { split } <$file>;
@@ -163,7 +164,11 @@ fn features_that_programs_ask_for_are_there() -> Result<()> {
         socket $tcp, 2, 1, 0 or die "no socket: $!";
         $key = pack("S n a4 x120 C C S l a80", 2, 0, "\x7f\0\0\1", 0, 0, 6, 0, "secret");
         print "; key: ", setsockopt($tcp, 6, 14, $key) ? "set" : $!;"#;
-    let said = stdout(run_in(&root, &["--privileged"], &["perl", "-e", script])?)?;
+    let said = stdout(run_in(
+        &root,
+        &["--privileged"],
+        &["perl", "-e", &with_numbers(script)],
+    )?)?;
     let wanted = "its ioctls: some; faults: some; swapping: 0; key: set";
     ensure!(said == wanted, "{said}");
     Ok(())

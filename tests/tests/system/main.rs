@@ -3,6 +3,7 @@
 //! The tests need a KVM for Linux guests. Without one, this program starts itself again in rigs ([`rigs`]). It prints which
 //! KVM it used; nothing is skipped.
 
+mod calls;
 mod cases;
 mod command_line;
 mod confinement;

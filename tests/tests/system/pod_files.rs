@@ -1,5 +1,6 @@
 //! Files shared between the containers of a pod: whatever works between processes of one kernel works between them.
 
+use crate::calls::with_numbers;
 use crate::daemon::{Containerd, Test, Use, trials_of};
 use crate::debian::debian;
 use crate::pod::Pod;
@@ -271,16 +272,16 @@ fn replaced_names(both: &Two<'_>) -> Result<()> {
     Ok(())
 }
 
-/// renameat2() with RENAME_NOREPLACE and RENAME_EXCHANGE.
+/// With RENAME_NOREPLACE and RENAME_EXCHANGE.
 const RENAME: &str = r#"my ($from, $to, $flags) = @ARGV;
-    print syscall(316, -100, $from, -100, $to, $flags + 0) == 0 ? "done" : "$!";"#;
+    print syscall(SYS_renameat2, -100, $from, -100, $to, $flags + 0) == 0 ? "done" : "$!";"#;
 
 /// One container moves a directory: the other's working directory follows, and the new names are visible.
 fn renamed_directories(both: &Two<'_>) -> Result<()> {
     both.one("cd /deb/mnt/part; mkdir -p a/deep b; echo a > a/deep/file; echo b > b/file")?;
     let rename = |to: &str, flags: u32| {
         both.one(&perl(
-            RENAME,
+            &with_numbers(RENAME),
             &format!("/mnt/part/a /mnt/part/{to} {flags}"),
         ))
     };
@@ -314,7 +315,7 @@ fn renamed_directories(both: &Two<'_>) -> Result<()> {
     let seen = both.two("cd /deb/media; cat a/file b/deep/file")?;
     ensure!(seen == "b\na", "{seen}");
     // Between volumes it is a cross-mount rename, as between any two.
-    let moved = both.one(&perl(RENAME, "/mnt/part/b /srv/b 0"))?;
+    let moved = both.one(&perl(&with_numbers(RENAME), "/mnt/part/b /srv/b 0"))?;
     ensure!(moved.contains("cross-device"), "{moved}");
     Ok(())
 }

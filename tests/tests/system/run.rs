@@ -1,5 +1,6 @@
 //! `koya run`: streams, exit statuses, signals, terminals, and options of a container.
 
+use crate::calls::with_numbers;
 use crate::tool::{
     architecture, feed, koya, run, run_in, saved_image, scratch, sh, shared_rootfs, stdout,
 };
@@ -458,23 +459,13 @@ fn an_image_says_how_it_runs() -> Result<()> {
 }
 
 /// podman's default profile, which is Docker's with another default action.
-/// A script with the numbers of system calls of this architecture.
-fn with_numbers(script: &str) -> String {
-    let [personality, userfaultfd] = match architecture() {
-        "arm64" => ["92", "282"],
-        _ => ["135", "323"],
-    };
-    let script = script.replace("PERSONALITY", personality);
-    script.replace("USERFAULTFD", userfaultfd)
-}
-
 fn a_profile_in_dockers_format_applies() -> Result<()> {
     let script = r#"
         open(S, '<', '/proc/self/status'); print grep { /^(Seccomp|NoNewPrivs):/ } <S>;
         sub try_call { my ($n, @a) = @_; syscall($n, @a) == -1 ? $! + 0 : 0 }
         # personality: PER_LINUX is allowed, PER_BSD gets the default answer, ENOSYS; userfaultfd has an
         # answer of its own, EPERM.
-        print join(' ', map { try_call(@$_) } [PERSONALITY, 0], [PERSONALITY, 6], [USERFAULTFD, 1]), "\n";"#;
+        print join(' ', map { try_call(@$_) } [SYS_personality, 0], [SYS_personality, 6], [SYS_userfaultfd, 1]), "\n";"#;
     let script = with_numbers(script);
     let run = |options: &[&str]| -> Result<String> {
         let all = [&["--read-only"], options].concat();
@@ -511,7 +502,7 @@ fn a_call_that_a_profile_does_not_know_is_not_there() -> Result<()> {
     let script = r#"
         sub try_call { my ($n, @a) = @_; syscall($n, @a) == -1 ? $! + 0 : 0 }
         # personality: PER_BSD is not among those that are allowed.
-        print join(' ', map { try_call(@$_) } [PERSONALITY, 6], [1000]), "\n";
+        print join(' ', map { try_call(@$_) } [SYS_personality, 6], [1000]), "\n";
         open(S, '<', '/proc/self/status'); print grep { /^(Uid|Cap|NoNewPrivs)/ } <S>;"#;
     let script = with_numbers(script);
     let profile = format!("seccomp={}", file.display());

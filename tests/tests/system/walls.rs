@@ -1,6 +1,7 @@
 //! Confinement of host threads driven by the guest.
 
-use crate::tool::{Background, architecture, koya, run_in, scratch, stdout};
+use crate::calls::with_numbers;
+use crate::tool::{Background, koya, run_in, scratch, stdout};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -194,47 +195,40 @@ fn device_operations_of_all_kinds_pass_the_filters() -> Result<()> {
     Ok(())
 }
 
-/// Numbers of system calls without a function in Perl, and of O_TMPFILE.
-const OF_X86_64: &str = "setxattr 188 getxattr 191 listxattr 194 removexattr 197 lseek 8 fallocate 285 copy 326 openat 257
-    linkat 265 renameat2 316 statx 332 fdatasync 75 syncfs 306 fadvise 221 tmpfile 4259840";
-const OF_AARCH64: &str =
-    "setxattr 5 getxattr 8 listxattr 11 removexattr 14 lseek 62 fallocate 47 copy 285 openat 56
-    linkat 37 renameat2 276 statx 291 fdatasync 83 syncfs 267 fadvise 223 tmpfile 4210688";
-
 /// Operations on files that few programs use, and on a disk. Those after `may` need not be supported.
 const RARER_OPERATIONS: &str = r#"
     use Fcntl qw(:DEFAULT :flock); use IO::Handle;
-    my %n = split ' ', shift; my $here = -100;
+    my $here = -100;
     # Numbers are passed by value and strings by address, which must be those of variables.
-    sub may { my ($name, @a) = @_; syscall($n{$name} // die($name), @a) }
+    sub may { my ($n, @a) = @_; syscall($n, @a) }
     sub must { my $got = may(@_); $got >= 0 or die "$_[0]: $!"; $got }
     open(F, '+>', 'f') or die $!; syswrite(F, 'text' x 2000) == 8000 or die $!;
     for my $key ('user.a', 'trusted.b') {
         my $room = "\0" x 100;
-        must('setxattr', 'f', $key, 'one', 3, 0); must('getxattr', 'f', $key, $room, 100);
-        must('getxattr', 'f', $key, $room, 0); must('listxattr', 'f', $room, 100); must('removexattr', 'f', $key);
+        must(SYS_setxattr, 'f', $key, 'one', 3, 0); must(SYS_getxattr, 'f', $key, $room, 100);
+        must(SYS_getxattr, 'f', $key, $room, 0); must(SYS_listxattr, 'f', $room, 100); must(SYS_removexattr, 'f', $key);
     }
-    must('lseek', fileno F, 0, 3); must('lseek', fileno F, 0, 4);
-    must('fallocate', fileno F, 0, 0, 1 << 20); must('fallocate', fileno F, 3, 4096, 4096);
-    may('fallocate', fileno F, 16, 0, 4096); may('fallocate', fileno F, 8, 0, 4096);
+    must(SYS_lseek, fileno F, 0, 3); must(SYS_lseek, fileno F, 0, 4);
+    must(SYS_fallocate, fileno F, 0, 0, 1 << 20); must(SYS_fallocate, fileno F, 3, 4096, 4096);
+    may(SYS_fallocate, fileno F, 16, 0, 4096); may(SYS_fallocate, fileno F, 8, 0, 4096);
     open(G, '+>', 'g') or die $!; my ($in, $out) = (pack('q', 0), pack('q', 0));
-    must('copy', fileno F, $in, fileno G, $out, 4096, 0);
-    my $unnamed = must('openat', $here, '.', $n{tmpfile} | O_RDWR, 0600);
-    if (may('linkat', $here, "/proc/self/fd/$unnamed", $here, 'named', 0x400) < 0) { open(T, '>', 'named') or die $! }
-    must('renameat2', $here, 'named', $here, 'other', 1); must('renameat2', $here, 'other', $here, 'g', 2);
-    must('renameat2', $here, 'other', $here, 'third', 4); -c 'other' or die 'no whiteout';
-    my $room = "\0" x 256; must('statx', $here, 'f', 0, 0xfff, $room); must('statx', $here, 'f', 0x2000, 0xfff, $room);
+    must(SYS_copy_file_range, fileno F, $in, fileno G, $out, 4096, 0);
+    my $unnamed = must(SYS_openat, $here, '.', O_TMPFILE | O_RDWR, 0600);
+    if (may(SYS_linkat, $here, "/proc/self/fd/$unnamed", $here, 'named', 0x400) < 0) { open(T, '>', 'named') or die $! }
+    must(SYS_renameat2, $here, 'named', $here, 'other', 1); must(SYS_renameat2, $here, 'other', $here, 'g', 2);
+    must(SYS_renameat2, $here, 'other', $here, 'third', 4); -c 'other' or die 'no whiteout';
+    my $room = "\0" x 256; must(SYS_statx, $here, 'f', 0, 0xfff, $room); must(SYS_statx, $here, 'f', 0x2000, 0xfff, $room);
     flock(F, LOCK_EX) or die $!; flock(F, LOCK_UN) or die $!;
     # F_SETLK, and F_OFD_SETLK of a write lock.
     for my $kind (6, 37) { my $lock = pack('s s x4 q q i x4', 1, 0, $kind, 1, 0); fcntl(F, $kind, $lock) or die "lock: $!" }
     # FS_IOC_GETFLAGS and FIBMAP.
-    ioctl(F, 0x80086601, $room); ioctl(F, 1, $room); may('fadvise', fileno F, 0, 0, 4);
+    ioctl(F, 0x80086601, $room); ioctl(F, 1, $room); may(SYS_fadvise64, fileno F, 0, 0, 4);
     my $set = ''; vec($set, fileno F, 1) = 1; select($set, undef, undef, 0);
     link('f', 'hard') or die $!; symlink('f', 'soft') or die $!; readlink('soft') eq 'f' or die $!;
     my $f = \*F; chmod(06755, $f) or die $!; chown(5, 6, $f) or die $!;
     utime(undef, undef, $f) or die $!; utime(1, 2, $f) or die $!;
-    truncate(F, 10) or die $!; F->sync or die $!; must('fdatasync', fileno F); must('syncfs', fileno F);
-    mkdir('d') or die $!; open(D, '<', 'd') or die $!; D->sync; must('fdatasync', fileno D);
+    truncate(F, 10) or die $!; F->sync or die $!; must(SYS_fdatasync, fileno F); must(SYS_syncfs, fileno F);
+    mkdir('d') or die $!; open(D, '<', 'd') or die $!; D->sync; must(SYS_fdatasync, fileno D);
     opendir(E, '.') or die $!; my @names = readdir E; rewinddir E; closedir E; @names > 8 or die "@names";
     rename('f', 'd/f') or die $!; unlink('d/f') or die $!; (stat F)[3] == 1 or die 'links';
     for my $size (512, 4096) {
@@ -254,11 +248,7 @@ fn rarer_operations_pass_the_filters() -> Result<()> {
     let (volume, disk) = (format!("{}:/mnt", shared.display()), disk.to_string_lossy());
     let options = ["--read-only", "--privileged", "--workdir", "/mnt"];
     let options = [&options[..], &["-v", &volume, "--disk", &disk]].concat();
-    let numbers = match architecture() {
-        "arm64" => OF_AARCH64,
-        _ => OF_X86_64,
-    };
-    let command = ["perl", "-e", RARER_OPERATIONS, numbers];
+    let command = ["perl", "-e", &with_numbers(RARER_OPERATIONS)];
     let said = stdout(run_in(Path::new("/"), &options, &command)?)?;
     ensure!(said == "files\ndisk", "{said}");
     ensure!(fs::read_dir(&shared)?.next().is_none(), "something is left");

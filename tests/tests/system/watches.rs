@@ -1,5 +1,6 @@
 //! inotify in the guest, on files changed by the host.
 
+use crate::calls::with_numbers;
 use crate::tool::{Background, koya, scratch, stdout};
 use anyhow::{Result, ensure};
 use std::fs;
@@ -8,14 +9,13 @@ use std::time::{Duration, Instant};
 
 crate::trials![changes_on_the_host_reach_inotify, ends_of_what_is_watched];
 
-/// Watches its arguments for all changes, and prints each event: watched path, kind, entry. Ends with the entry `end`. 294
-/// and 254 are inotify_init1 and inotify_add_watch.
+/// Watches its arguments for all changes, and prints each event: watched path, kind, entry. Ends with the entry `end`.
 const WATCH: &str = r#"
     $| = 1; my %path;
-    my $fd = syscall(294, 0); $fd >= 0 or die "inotify: $!";
+    my $fd = syscall(SYS_inotify_init1, 0); $fd >= 0 or die "inotify: $!";
     open(my $in, '<&=', $fd) or die $!;
     for my $path (@ARGV) {
-        my $name = "$path"; my $wd = syscall(254, $fd, $name, 0xfce); $wd >= 0 or die "$path: $!";
+        my $name = "$path"; my $wd = syscall(SYS_inotify_add_watch, $fd, $name, 0xfce); $wd >= 0 or die "$path: $!";
         $path{$wd} = $path;
     }
     print "ready\n";
@@ -50,7 +50,7 @@ impl Watcher {
         let volume = format!("{}:/mnt", dir.display());
         let mut run = koya(["run", "-d", "--name", name, "--rootfs", "/", "--read-only"]);
         run.args(["-v", &volume, "--workdir", "/mnt", "--", "perl", "-e"]);
-        stdout(run.arg(WATCH).args(paths).output()?)?;
+        stdout(run.arg(with_numbers(WATCH)).args(paths).output()?)?;
         let watcher = Self(Background { name: name.into() });
         watcher.wait_for("ready")?;
         Ok(watcher)
