@@ -236,9 +236,11 @@ fn retain_own_cpus(resources: &mut LinuxResources, online: &str, other: Option<&
         wanted.is_ok_and(|wanted| wanted.iter().all(|cpu| online.contains(cpu)))
     };
     let other = other.filter(|other| !other.is_empty());
-    let own_cpus = |list: &String| match list.trim().is_empty() || has_all(list) {
-        true => Some(list.clone()).filter(|list| !list.trim().is_empty()),
-        false => other.map(str::to_owned),
+    // An empty set is none.
+    let own_cpus = |list: &String| match list.trim() {
+        "" => None,
+        _ if has_all(list) => Some(list.clone()),
+        _ => other.map(str::to_owned),
     };
     let is_own_node = |list: &String| !online.is_empty() && list.trim() == "0";
     if let Some(mut cpu) = resources.cpu().clone() {

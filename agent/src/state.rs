@@ -32,10 +32,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
+use std::time::Duration;
 use tokio::sync::OnceCell;
 
 /// Time within which all processes of a container end that are killed at once.
-const KILLED_TOGETHER: std::time::Duration = std::time::Duration::from_millis(100);
+const KILLED_TOGETHER: Duration = Duration::from_millis(100);
 
 /// Key of a process: container ID, and exec ID (empty for the first process).
 pub(crate) type Key = (String, String);
