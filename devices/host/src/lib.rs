@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`process`] | settings at the start of a program |
 //! | [`privileges`] | the capabilities that a program keeps while its sandbox runs |
+//! | [`security_modules`] | AppArmor and SELinux on the host |
 //! | [`threads`] | starts threads by [role](threads::Role) |
 //! | [`walls`] | confines threads: seccomp filters and capabilities by role |
 //! | [`descriptors`] | reopens descriptors, by `/proc/self/fd` |
@@ -18,6 +19,7 @@ pub mod descriptors;
 pub mod limited;
 pub mod privileges;
 pub mod process;
+pub mod security_modules;
 pub mod sockets;
 pub mod sync;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.

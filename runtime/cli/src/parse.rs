@@ -1,5 +1,6 @@
 //! Parsers for arguments: disks, volumes, limits, signals, sizes.
 
+use koya::vmm::host::security_modules::has_selinux;
 use koya::{Cache, DiskConfig, GuestDevice, Rlimit, Tmpfs, Volume};
 use koya_tasks::signal::{LAST, by_name};
 use std::path::{Path, PathBuf};
@@ -49,11 +50,6 @@ pub(super) fn parse_volume(text: &str) -> Result<Volume, String> {
         }
     }
     Ok(volume)
-}
-
-/// Whether this host has SELinux, enforcing or not.
-fn has_selinux() -> bool {
-    Path::new("/sys/fs/selinux/enforce").exists()
 }
 
 /// `DST[:OPTIONS]`; the options are validated later.

@@ -4,6 +4,7 @@ use crate::flags::Flags;
 use crate::selinux;
 use anyhow::{Context, Result, bail};
 use koya::Settings;
+use koya::vmm::host::security_modules::has_selinux;
 use koya::vmm::host::sockets::listen_privately;
 use koya_tasks::hooks::Kind;
 use koya_tasks::{Role, Spec, environment_for};
@@ -75,7 +76,7 @@ fn launch(flags: &Flags, bundle: &Path, socket: &Path, spec: &Spec) -> Result<()
 /// Sets the SELinux label of the long-lived process, if the host has SELinux and the host's settings enable it.
 fn label_process(label: Option<&str>) -> Result<()> {
     match label {
-        Some(label) if selinux::is_enabled() && Settings::load()?.selinux => {
+        Some(label) if has_selinux() && Settings::load()?.selinux => {
             selinux::label_next_exec(label)
         }
         _ => Ok(()),
