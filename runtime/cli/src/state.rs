@@ -18,7 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -73,18 +73,7 @@ pub(super) fn root() -> Result<PathBuf> {
 
 /// Checks that no other user owns it or has access: it contains control sockets and set-user-ID files.
 fn check_private(path: &Path) -> Result<()> {
-    let data =
-        fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let own = data.uid() == rustix::process::geteuid().as_raw();
-    if !own || !data.is_dir() || data.mode() & 0o077 != 0 {
-        bail!(
-            "{} must be a directory of this user's with mode 0700; it has owner {} and mode {:04o}",
-            path.display(),
-            data.uid(),
-            data.mode() & 0o7777
-        );
-    }
-    Ok(())
+    Ok(koya::directories::check_own(path, 0o077)?)
 }
 
 /// Checks that a name is a single path component.

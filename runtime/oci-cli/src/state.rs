@@ -6,7 +6,7 @@
 
 use crate::cli::Globals;
 use crate::ipc::{ContainerRequest, Request, Response, send_request};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
 use koya::vmm::host::sockets::{listen_privately, with_short_path};
 use koya_tasks::hooks::HookContext;
@@ -228,19 +228,8 @@ pub(crate) fn check_id(id: &str) -> Result<()> {
 /// Checks that no other user has made this directory, or can replace what is in it: where several users may write to the
 /// directory of all containers, another one can guess the name of the next.
 fn check_own(directory: &Path) -> Result<()> {
-    let data = fs::symlink_metadata(directory)
-        .with_context(|| format!("cannot read {}", directory.display()))?;
-    let own = data.uid() == rustix::process::geteuid().as_raw();
-    if !own || !data.is_dir() || data.mode() & 0o022 != 0 {
-        bail!(
-            "{} must be a directory that only this user may write to; it has owner {} and mode {:04o}: remove it, or choose \
-             another --root",
-            directory.display(),
-            data.uid(),
-            data.mode() & 0o7777
-        );
-    }
-    Ok(())
+    koya::directories::check_own(directory, 0o022)
+        .map_err(|error| anyhow!("{error}: remove it, or choose another --root"))
 }
 
 /// A lock on a container's directory.
