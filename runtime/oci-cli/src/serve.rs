@@ -11,7 +11,7 @@ use crate::preserved::{self, Count};
 use crate::signal::PASSED;
 use crate::source::Source;
 use crate::state::{self, Status};
-use crate::{Outcome, events, member, oom};
+use crate::{Outcome, events, long_lived, member, oom};
 use anyhow::{Context, Result, anyhow, bail};
 use koya::Settings;
 use koya_tasks::wire::{Wire, send};
@@ -24,8 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 use std::collections::HashMap;
-use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -110,11 +109,7 @@ impl ServerState {
 }
 
 pub(crate) fn serve() -> Outcome {
-    console::name_process();
-    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::process::setsid().context("internal command, run only by koya-runtime itself")?;
+    let stream = long_lived::detach()?;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((boot, fds)) = wire.receive::<Boot>()? else {
         bail!("no request was received");
