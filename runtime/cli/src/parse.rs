@@ -195,14 +195,7 @@ pub(super) fn parse_sysctl(text: &str) -> Result<(String, String), String> {
 pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size");
     let (number, unit) = koya::parse_size(text.trim()).ok_or_else(wrong)?;
-    let shift = match unit.as_str() {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(wrong()),
-    };
+    let shift = koya::unit_shift(&unit).ok_or_else(wrong)?;
     let bytes = number.checked_mul(1 << shift);
     bytes.ok_or_else(|| format!("{text:?} is too large"))
 }
