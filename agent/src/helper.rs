@@ -198,7 +198,7 @@ fn classify_error(error: LibcontainerError, known: Option<ErrorReason>) -> anyho
     }
 }
 
-/// What libcontainer's error does not tell.
+/// Why the kernel refused the container, if the configuration tells: libcontainer's error does not.
 fn refused_by_the_kernel(id: &str, error: &LibcontainerError) -> Option<ErrorReason> {
     let spec = Spec::load(bundle(id).join(CONFIG)).ok()?;
     refused_options::find(&spec).or_else(|| too_little_memory(&spec, &format!("{error:?}")))

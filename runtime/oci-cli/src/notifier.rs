@@ -58,7 +58,7 @@ impl Notifier {
     }
 }
 
-/// Those of all containers of a process.
+/// The notifiers of all containers of a process.
 #[derive(Default)]
 pub(crate) struct Notifiers(Mutex<HashMap<String, Weak<Notifier>>>);
 

@@ -36,7 +36,7 @@ const BARRIER_LIMIT: Timespec = Timespec {
 pub(crate) struct Manager(UnixDatagram);
 
 impl Manager {
-    /// That of the variable. A missing one is only a warning.
+    /// The manager that the variable names, if it is set. That it can't be reached is only a warning.
     pub(crate) fn of_caller() -> Option<Self> {
         let name = std::env::var_os(VARIABLE).filter(|name| !name.is_empty())?;
         Self::or_warn(&name)
@@ -99,7 +99,8 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
-    /// That of the caller, or else one that the configuration mounts, as podman does. `None` if there is neither.
+    /// A socket for the caller's manager, or else for one whose socket the configuration mounts, as with podman. `None` if
+    /// there is neither.
     pub(crate) fn of(spec: &Spec, bundle: &Path) -> Option<Self> {
         if let Some(manager) = Manager::of_caller() {
             let path = PLACE.to_owned();
