@@ -11,7 +11,7 @@ use std::path::Path;
 /// Maximum length of the path in a socket's address: unix(7).
 const MAX_PATH: usize = 107;
 
-/// Maximum number of clients that wait to be accepted: what the host permits (`net.core.somaxconn`), as with std's listeners.
+/// Maximum number of clients that wait to be accepted: as many as the host permits (`net.core.somaxconn`).
 const BACKLOG: i32 = i32::MAX;
 
 /// Listens on a new socket at `path` that only the user of this process may connect to, whatever the umask is.
