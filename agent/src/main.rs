@@ -37,6 +37,7 @@ mod refused_options;
 mod root_setup;
 mod service;
 mod slots;
+mod sockets;
 mod start_hooks;
 mod state;
 mod streams;

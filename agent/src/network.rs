@@ -14,7 +14,7 @@ use std::fs;
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
@@ -110,11 +110,19 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
         SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
     ];
     // A listener with a full backlog would leave a connection waiting for minutes.
-    let mut socket = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(both.as_slice()))
+    let socket = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(both.as_slice()))
         .await
         .with_context(|| format!("port {port} of the guest does not answer"))?
         .with_context(|| format!("nobody listens at port {port} of the guest"))?;
     socket.set_nodelay(true)?;
+    forward(socket, token).await
+}
+
+/// Connects a socket to a stream of the host.
+pub(crate) async fn forward(
+    mut socket: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    token: &str,
+) -> Result<()> {
     let address = VsockAddr::new(VMADDR_CID_HOST, STREAM_PORT);
     let mut stream = VsockStream::connect(address).await?;
     stream.write_all(token.as_bytes()).await?;

@@ -22,14 +22,14 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
     Accounts, AdjustClockRequest, AskNameServerRequest, AttachDiskRequest, AttachNetworkRequest,
-    ConnectPortRequest, ContainerDeviceRequest, ContainerRequest, ContainerStats,
-    CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, DetachNetworkRequest, Disk,
-    Empty, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest, GetOomEventRequest,
-    GuestClock, GuestDetails, GuestTimes, MountImageRequest, NameServerAnswer, OomEvent, Process,
-    RemoveContainerRequest, ReportHostEventsRequest, ServeNamesRequest, SetGuestDateTimeRequest,
-    SetOnlineCpusRequest, SetSysctlsRequest, SignalProcessRequest, StartContainerRequest,
-    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest, WaitProcessResponse,
+    ConnectPortRequest, ConnectSocketRequest, ContainerDeviceRequest, ContainerRequest,
+    ContainerStats, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
+    DetachNetworkRequest, Disk, Empty, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest,
+    GetOomEventRequest, GuestClock, GuestDetails, GuestTimes, MountImageRequest, NameServerAnswer,
+    OomEvent, Process, RemoveContainerRequest, ReportHostEventsRequest, ServeNamesRequest,
+    SetGuestDateTimeRequest, SetOnlineCpusRequest, SetSysctlsRequest, SignalProcessRequest,
+    StartContainerRequest, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, ErrorReason, create_agent};
 use std::future::Future;
@@ -257,6 +257,18 @@ impl Agent for Service {
         self.ask(async move |_: State| {
             let port = u16::try_from(request.port)?;
             network::connect_port(port, &request.token).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn connect_socket(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectSocketRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |state: State| {
+            state.connect_socket(&request).await?;
             Ok(Empty::new())
         })
         .await

@@ -13,14 +13,15 @@ use crate::notify::{self, NotifySocket};
 use crate::oom::Ooms;
 use crate::places::{self, bundle};
 use crate::reaper::{self, End, Reaper};
+use crate::sockets::{self, Place};
 use crate::start_hooks::StartHooks;
 use crate::streams;
 use crate::{cgroup, root_setup, sys, tmpfs, volumes};
 use anyhow::{Context, Result, bail};
 use koya_protocol::ErrorReason;
 use koya_protocol::messages::{
-    BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
-    ExecProcessRequest, Process, SignalProcessRequest, Stdio,
+    BlockDevice, ConnectSocketRequest, ContainerDeviceRequest, ContainerRequest,
+    CreateContainerRequest, Empty, ExecProcessRequest, Process, SignalProcessRequest, Stdio,
 };
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::{Uid, fchown};
@@ -62,6 +63,8 @@ pub(crate) struct State {
     consoles: Rc<Cell<u64>>,
     /// Sockets for messages to the service managers of containers, by container.
     notify_sockets: Rc<RefCell<HashMap<String, NotifySocket>>>,
+    /// Listening sockets of processes, by their names in requests.
+    sockets: Rc<RefCell<HashMap<String, Place>>>,
 }
 
 /// Guard of a running helper. Its process may end before the PID is known, so exits are remembered while any helper runs.
@@ -368,9 +371,18 @@ impl State {
             Some(_) => Streams::none(),
             None => Streams::open(stdio)?,
         };
-        let extra_fds: std::io::Result<_> =
-            stdio.extra_fds.iter().map(streams::extra_fds).collect();
-        streams.extra_fds = extra_fds.context("cannot open a stream to the host")?;
+        let mut places = HashMap::new();
+        for wanted in &stdio.extra_fds {
+            let own = match wanted.socket.as_ref() {
+                Some(socket) => {
+                    let (socket, place) = sockets::make(socket)?;
+                    places.insert(wanted.token.clone(), place);
+                    socket
+                }
+                None => streams::extra_fds(wanted).context("cannot open a stream to the host")?,
+            };
+            streams.extra_fds.push(own);
+        }
         let socket = console
             .as_ref()
             .map_or("-".into(), |c| c.path().to_string_lossy());
@@ -380,6 +392,7 @@ impl State {
         let made = self.help(&args, streams).await?;
         let pid = made.pid;
         let end = self.reaper.follow(pid);
+        self.keep_sockets(places, end.clone());
         drop(made);
         drop(socket);
         let terminal = match console.map(|c| connect_terminal(c, stdio)).transpose() {
@@ -397,6 +410,27 @@ impl State {
             pid,
             ..Default::default()
         })
+    }
+
+    /// Accepts requests for connections to the sockets of a process until its end.
+    fn keep_sockets(&self, places: HashMap<String, Place>, end: End) {
+        if places.is_empty() {
+            return;
+        }
+        let names: Vec<String> = places.keys().cloned().collect();
+        self.sockets.borrow_mut().extend(places);
+        let sockets = self.sockets.clone();
+        tokio::task::spawn_local(async move {
+            reaper::wait(end).await;
+            sockets.borrow_mut().retain(|name, _| !names.contains(name));
+        });
+    }
+
+    /// Connects a listening socket of a process to a stream of the host.
+    pub(crate) async fn connect_socket(&self, request: &ConnectSocketRequest) -> Result<()> {
+        let place = self.sockets.borrow().get(&request.socket).cloned();
+        let ended = || ErrorReason::NotFound("the process with this socket has ended".into());
+        sockets::connect_to_host(place.ok_or_else(ended)?, &request.token).await
     }
 
     /// Runs a helper to its end and returns the created process.

@@ -10,7 +10,7 @@ use crate::guest_resources::GuestResources;
 use crate::mount_points;
 use crate::notifications::Notifications;
 use crate::oci::{self, Bundle, Root};
-use crate::pending_streams::PendingStreams;
+use crate::pending_streams::{GuestListener, PendingStreams};
 use crate::sandbox::Inner;
 use crate::stats::ContainerStats;
 use crate::sync::lock;
@@ -52,6 +52,8 @@ pub struct Process {
     pub stderr: Option<UnixStream>,
     /// The host's ends of its descriptors 3 and up.
     pub extra_fds: Vec<UnixStream>,
+    /// Its listening sockets among them, in the same order.
+    pub listeners: Vec<GuestListener>,
     /// Messages of its container to a service manager, if it has a socket for them.
     pub notifications: Option<Notifications>,
 }

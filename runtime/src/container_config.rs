@@ -3,7 +3,7 @@
 use crate::block_volume::BlockVolume;
 use crate::seccomp::Seccomp;
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 /// Connection of a process's standard streams.
@@ -39,12 +39,23 @@ pub enum Direction {
 }
 
 /// A descriptor of a process beyond the standard streams.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExtraFd {
     /// A stream to the calling process.
     Stream(Direction),
     /// A device of the guest (`/dev/null`), opened in that direction.
     Device(&'static str, Direction),
+    /// A listening socket of the guest. [`GuestListener`](crate::GuestListener) connects to it.
+    Listener(SocketName),
+}
+
+/// The name of a listening socket (getsockname(2)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SocketName {
+    /// A TCP port of an address of the guest.
+    Tcp(SocketAddr),
+    /// Path of a Unix socket, which no directory of the guest has; or, after a null byte, a name of the abstract namespace.
+    Unix(Vec<u8>),
 }
 
 /// Streams of a process from an OCI configuration.

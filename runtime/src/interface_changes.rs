@@ -68,6 +68,22 @@ impl InterfaceChanges {
     }
 }
 
+impl Sandbox {
+    /// Whether the guest has these interfaces of its network namespace. The taps of the sandbox, which are among them, are
+    /// ignored.
+    pub fn has_interfaces(&self, names: &[String]) -> bool {
+        let taps = self.inner.taps();
+        let has = self.inner.guest_interfaces().unwrap_or_default();
+        let is_there = |name: &String| {
+            has.iter()
+                .any(|own| own.network.takeover() == Some(name.as_str()))
+        };
+        names
+            .iter()
+            .all(|name| taps.contains(name) || is_there(name))
+    }
+}
+
 /// A socket that receives reports about changes of the calling thread's network namespace.
 fn subscribe() -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;

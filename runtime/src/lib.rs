@@ -49,6 +49,7 @@ pub mod internals;
 mod json;
 mod loopback;
 mod mount_points;
+mod net_devices;
 mod network;
 mod notifications;
 mod oci;
@@ -79,7 +80,7 @@ pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{
     ContainerConfig, Device, Direction, ExecOptions, ExtraFd, GuestDevice, ProcessConfig,
-    ProcessStreams, Resolver, Rlimit, Stdio, Tmpfs, User, Volume,
+    ProcessStreams, Resolver, Rlimit, SocketName, Stdio, Tmpfs, User, Volume,
 };
 pub use dns::DnsForwarder;
 pub use egress_filter::host_addresses;
@@ -93,14 +94,16 @@ pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::host::process::{enable_core_scheduling, prepare_process};
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
+pub use net_devices::{NetDevice, move_net_devices};
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
 pub use notifications::Notifications;
 pub use oci::{
     Bundle, DEFAULT_PATH, SharedNamespaces, SharedPidNamespace, check_configuration,
-    check_resources, known_capabilities,
+    check_resources, known_capabilities, net_devices_of,
 };
 pub use oci_spec;
 pub use patience::DiskWrites;
+pub use pending_streams::GuestListener;
 pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;

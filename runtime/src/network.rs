@@ -16,7 +16,7 @@ use nix::sched::CloneFlags;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
@@ -328,14 +328,14 @@ pub(crate) fn disconnect(tap: &str) -> Result<(), Error> {
 
 /// Runs `work` with an rtnetlink(7) connection to the kernel on a separate thread, because the caller may be in an
 /// asynchronous runtime. The thread is in the caller's network namespace.
-fn with_kernel<T: Send>(
+pub(crate) fn with_kernel<T: Send>(
     work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>> + Send,
 ) -> io::Result<T> {
     in_namespace(None, work)
 }
 
 /// As [`with_kernel`], in another network namespace.
-fn in_namespace<T: Send>(
+pub(crate) fn in_namespace<T: Send>(
     namespace: Option<&File>,
     work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>> + Send,
 ) -> io::Result<T> {
@@ -398,7 +398,7 @@ pub(crate) fn other(error: rtnetlink::Error) -> io::Error {
     }
 }
 
-async fn link(handle: &Handle, name: &str) -> io::Result<LinkMessage> {
+pub(crate) async fn link(handle: &Handle, name: &str) -> io::Result<LinkMessage> {
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
     let found = links.try_next().await.map_err(other)?;
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no interface {name}")))
@@ -437,22 +437,11 @@ async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
         .set_link_index_filter(index)
         .execute();
     while let Some(message) = addresses.try_next().await.map_err(other)? {
-        let prefix = message.header.prefix_len;
-        let ip = message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                AddressAttribute::Local(ip) => Some(*ip),
-                AddressAttribute::Address(ip) if ip.is_ipv6() => Some(*ip),
-                _ => None,
-            });
         // The guest assigns link-local addresses itself.
-        let own = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
-        if let Some(ip) = ip.filter(|ip| !own(ip))
-            && let Ok(net) = IpNet::new(ip, prefix)
-        {
-            found.addresses.push(net);
-        }
+        let own = |net: &IpNet| matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local());
+        found
+            .addresses
+            .extend(address_of(&message).filter(|net| !own(net)));
     }
     let mut neighbours = handle.neighbours().get().execute();
     while let Some(message) = neighbours.try_next().await.map_err(other)? {
@@ -461,6 +450,17 @@ async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
         }
     }
     Ok(found)
+}
+
+/// The address in a message of the kernel, with its prefix.
+pub(crate) fn address_of(message: &AddressMessage) -> Option<IpNet> {
+    let mut attributes = message.attributes.iter();
+    let ip = attributes.find_map(|attribute| match attribute {
+        AddressAttribute::Local(ip) => Some(*ip),
+        AddressAttribute::Address(ip) if ip.is_ipv6() => Some(*ip),
+        _ => None,
+    });
+    IpNet::new(ip?, message.header.prefix_len).ok()
 }
 
 fn neighbour(attributes: &[NeighbourAttribute]) -> Option<Neighbour> {

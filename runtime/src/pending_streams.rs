@@ -2,12 +2,13 @@
 
 use crate::Error;
 use crate::container::Process;
-use crate::container_config::{Direction, ExtraFd, ProcessStreams, Stdio};
+use crate::container_config::{Direction, ExtraFd, ProcessStreams, SocketName, Stdio};
 use crate::notifications::Notifications;
 use crate::sandbox::Inner;
 use crate::streams::Expected;
 use koya_protocol::messages;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 /// The streams of a process that is about to be created.
@@ -17,7 +18,32 @@ pub(crate) struct PendingStreams {
     stdout: Option<Expected>,
     stderr: Option<Expected>,
     extra_fds: Vec<Expected>,
+    /// Names of listening sockets in requests.
+    listeners: Vec<String>,
     notifications: Option<Expected>,
+}
+
+/// A listening socket of a process ([`ExtraFd::Listener`]).
+pub struct GuestListener {
+    inner: Arc<Inner>,
+    socket: String,
+}
+
+impl GuestListener {
+    /// Connects to it.
+    ///
+    /// # Errors
+    /// Of the kind [`InUse`](crate::ErrorKind::InUse) if too many connections wait for the process, and
+    /// [`NotFound`](crate::ErrorKind::NotFound) if the process has closed it or ended.
+    pub fn connect(&self) -> Result<UnixStream, Error> {
+        let expected = self.inner.streams.expect();
+        let expected = expected.map_err(Error::host("make a token"))?;
+        let agent = &self.inner.agent;
+        let asked = agent.connect_socket(&self.socket, &expected.token);
+        asked.map_err(|error| self.inner.explain(error))?;
+        let stream = expected.take();
+        stream.map_err(Error::host("connect to a socket of a process"))
+    }
 }
 
 impl PendingStreams {
@@ -47,23 +73,28 @@ impl PendingStreams {
             (message.rows, message.columns) = (rows.into(), columns.into());
             message.keep_newlines = keep_newlines;
         }
-        let mut extra_fds = Vec::new();
+        let (mut extra_fds, mut listeners) = (Vec::new(), Vec::new());
         for wanted in &streams.extra_fds {
-            let (direction, token, device) = match *wanted {
-                ExtraFd::Device(path, direction) => (direction, String::new(), path),
+            let mut own = messages::ExtraStream::new();
+            match wanted {
+                ExtraFd::Device(path, direction) => {
+                    own.direction = way(*direction).into();
+                    own.device = (*path).into();
+                }
                 ExtraFd::Stream(direction) => {
                     let expected = expect()?;
-                    let token = expected.token.clone();
+                    own.direction = way(*direction).into();
+                    own.token = expected.token.clone();
                     extra_fds.push(expected);
-                    (direction, token, "")
                 }
-            };
-            message.extra_fds.push(messages::ExtraStream {
-                direction: way(direction).into(),
-                token,
-                device: device.into(),
-                ..Default::default()
-            });
+                ExtraFd::Listener(name) => {
+                    // No stream is expected: it only has to be unique.
+                    own.token = expect()?.token.clone();
+                    own.socket = Some(listening_socket(name)).into();
+                    listeners.push(own.token.clone());
+                }
+            }
+            message.extra_fds.push(own);
         }
         let notify_path = streams.notify_socket.clone().unwrap_or_default();
         let notifications = match notify_path.is_empty() {
@@ -83,6 +114,7 @@ impl PendingStreams {
             stdout,
             stderr,
             extra_fds,
+            listeners,
             notifications,
         })
     }
@@ -109,7 +141,12 @@ impl PendingStreams {
                 .map_err(Error::host("connect a standard stream"))
         };
         let extra_fds: io::Result<_> = self.extra_fds.into_iter().map(Expected::take).collect();
+        let listeners = self.listeners.into_iter().map(|socket| GuestListener {
+            inner: inner.clone(),
+            socket,
+        });
         Ok(Process {
+            listeners: listeners.collect(),
             inner,
             container: container.into(),
             exec: exec.into(),
@@ -120,6 +157,18 @@ impl PendingStreams {
             notifications: take(self.notifications)?.map(Notifications::new),
         })
     }
+}
+
+fn listening_socket(name: &SocketName) -> messages::ListeningSocket {
+    let mut socket = messages::ListeningSocket::new();
+    match name {
+        SocketName::Tcp(address) => {
+            socket.ip = address.ip().to_string();
+            socket.port = address.port().into();
+        }
+        SocketName::Unix(name) => socket.name.clone_from(name),
+    }
+    socket
 }
 
 fn way(direction: Direction) -> messages::extra_stream::Direction {

@@ -209,7 +209,7 @@ fn supported() -> Value {
             "selinux": {"enabled": true},
             "intelRdt": no,
             "mountExtensions": {"idmap": {"enabled": true}},
-            "netDevices": no,
+            "netDevices": {"enabled": true},
         },
     })
 }

@@ -3,8 +3,9 @@
 use super::{Agent, LIMIT, MAX_CONNECTS, SHORT_LIMIT};
 use crate::Error;
 use koya_protocol::messages::{
-    AskNameServerRequest, AttachNetworkRequest, ConnectPortRequest, DetachNetworkRequest,
-    Interface, ServeNamesRequest, SetSysctlsRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    AskNameServerRequest, AttachNetworkRequest, ConnectPortRequest, ConnectSocketRequest,
+    DetachNetworkRequest, Interface, ServeNamesRequest, SetSysctlsRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -25,6 +26,23 @@ impl Agent {
                 "connect to a port of the guest's",
                 LIMIT,
                 |client, limit| client.connect_port(limit, &request),
+            )
+        };
+        self.connects.take(MAX_CONNECTS, asked).map(drop)
+    }
+
+    /// Connects a listening socket of a process, by its name, to the stream with this token.
+    pub(crate) fn connect_socket(&self, socket: &str, token: &str) -> Result<(), Error> {
+        let request = ConnectSocketRequest {
+            socket: socket.into(),
+            token: token.into(),
+            ..Default::default()
+        };
+        let asked = || {
+            self.ask(
+                "connect to a socket of a process",
+                LIMIT,
+                |client, limit| client.connect_socket(limit, &request),
             )
         };
         self.connects.take(MAX_CONNECTS, asked).map(drop)

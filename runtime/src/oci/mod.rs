@@ -14,6 +14,7 @@ mod links;
 mod mount_options;
 mod mounts;
 mod namespaces;
+mod net_devices;
 mod own_root;
 mod paths;
 pub(crate) mod process;
@@ -30,6 +31,7 @@ pub use capabilities::known_capabilities;
 pub(crate) use devices::HostDisk;
 pub(crate) use links::Link;
 pub(crate) use mounts::OnHost;
+pub use net_devices::net_devices_of;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
 pub use valid::check_resources;
@@ -125,6 +127,8 @@ pub(crate) fn adapt(
     let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {
         namespaces::adapt(linux, &shared.pids)?;
+        // Those of the network namespace are the guest's, with their new names.
+        linux.set_net_devices(None);
         let propagation = linux.rootfs_propagation().as_deref().map(root_propagation);
         linux.set_rootfs_propagation(propagation.transpose()?);
         devices = devices::adapt(linux, is_read_only)?;
@@ -230,12 +234,6 @@ fn check_supported(spec: &Spec) -> Result<(), Error> {
     }
     if let Some(seccomp) = linux.and_then(|linux| linux.seccomp().as_ref()) {
         seccomp::check(seccomp)?;
-    }
-    let devices = linux.and_then(|linux| linux.net_devices().as_ref());
-    if devices.is_some_and(|devices| !devices.is_empty()) {
-        let reason =
-            "interfaces become the guest's by the container's network namespace: put them there";
-        return Err(Error::unsupported("linux.netDevices", reason));
     }
     if linux.is_some_and(|linux| linux.memory_policy().is_some()) {
         let reason = "a guest's memory is one node, and the host's nodes are not its to choose";

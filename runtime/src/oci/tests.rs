@@ -568,6 +568,15 @@ fn an_added_process_may_what_the_first_one_may() {
     assert_eq!(web["user"]["additionalGids"], json!([33, 40]));
 }
 
+#[test]
+fn network_devices_are_moved_by_the_host() {
+    let (_dir, bundle) = bundle(|spec| spec["linux"]["netDevices"] = json!({"eth1": {}}));
+    let adapted = adapt_it("c", bundle).unwrap();
+    assert_eq!(*adapted.spec.linux().as_ref().unwrap().net_devices(), None);
+    let wrong = |spec: &mut Value| spec["linux"]["netDevices"] = json!({"eth/1": {}});
+    assert!(error(wrong).contains("invalid network device name"));
+}
+
 /// The guest creates it for its user; if the root is read-only, the host does.
 #[test]
 fn the_host_makes_a_working_directory_only_where_the_guest_cannot() {

@@ -1,6 +1,7 @@
 //! Configurations that are invalid whatever the guest is like: refused before there is one. Wordings are those of runc,
 //! where it has any.
 
+use super::net_devices::net_devices_of;
 use super::{namespaces, unified};
 use crate::Error;
 use oci_spec::runtime::{
@@ -23,6 +24,7 @@ pub(super) fn check(spec: &Spec) -> Result<(), Error> {
     let Some(linux) = spec.linux() else {
         return Ok(());
     };
+    net_devices_of(spec)?;
     check_users(spec)?;
     check_clocks(spec)?;
     check_sysctls(spec)?;

@@ -2,9 +2,10 @@
 
 use crate::Error;
 use crate::event::Event;
-use crate::machine::GuestContainer;
+use crate::launcher::launch;
+use crate::machine::{GuestContainer, VirtualMachine};
 use crate::mounts::{self, Mount};
-use crate::namespaces::{HOST_NETWORK, Network, own_pid};
+use crate::namespaces::{HOST_NETWORK, Network, move_devices, own_pid};
 use crate::notify::NotifySocket;
 use crate::pid_holder::PidHolder;
 use crate::process::{Exit, Handle, Process};
@@ -12,12 +13,17 @@ use crate::set::{Entry, KILLED, LOST, Task, TaskSet};
 use crate::spec::{Files, Role, Spec};
 use crate::stdio::StdioConfig;
 use crate::sync::spawn;
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use koya::{Bundle, Settings, SharedNamespaces, SharedPidNamespace};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Once};
+use std::time::{Duration, Instant};
+
+/// Time limit for a guest to get the network devices of a container that joins a running sandbox, and interval of the check.
+const DEVICES_LIMIT: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The container whose virtual machine a container joins, and those whose namespaces it shares: its configuration refers to
 /// them by processes of the host.
@@ -197,6 +203,8 @@ impl TaskSet {
         }
         if !task.is_member() {
             task.share_time_on_host();
+        } else {
+            self.move_devices(task)?;
         }
         if task.is_pod() {
             // The rest of its configuration is not used.
@@ -230,6 +238,19 @@ impl TaskSet {
         } else if !task.is_member() {
             // Limits that the host refuses are errors of the creation.
             task.limit_on_host()?;
+        }
+        Ok(())
+    }
+
+    /// Moves the network devices of a container to the network namespace of its sandbox, which runs already. If the container
+    /// has a process of its own, that has done so.
+    fn move_devices(&self, task: &Task) -> Result<(), Error> {
+        let devices = koya::net_devices_of(&task.spec.0)?;
+        if let Some(host) = self.config.host_network.as_ref()
+            && !devices.is_empty()
+        {
+            let host = host.try_clone().context("the host's network namespace")?;
+            launch(move || move_devices(&host, &devices))?;
         }
         Ok(())
     }
@@ -274,6 +295,9 @@ impl TaskSet {
         task: &Arc<Task>,
     ) -> Result<Arc<dyn GuestContainer>, Error> {
         let machine = self.boot(task)?;
+        if task.is_member() && !koya::net_devices_of(&task.spec.0)?.is_empty() {
+            wait_for_devices(&*machine)?;
+        }
         self.resize_guest()?;
         let bundle = self.bundle(task);
         let (container, mut streams) = machine.create(&task.id, &bundle, &task.init.wanted)?;
@@ -362,4 +386,19 @@ impl TaskSet {
             SharedPidNamespace::Container(other.id.clone())
         })
     }
+}
+
+/// Waits until a running guest has the interfaces of its network namespace, among them network devices that have just been
+/// moved there.
+fn wait_for_devices(machine: &dyn VirtualMachine) -> Result<(), Error> {
+    let started = Instant::now();
+    while !machine.has_interfaces()? {
+        if started.elapsed() > DEVICES_LIMIT {
+            let text =
+                "linux.netDevices: the guest did not get them in time; the log has the reason";
+            return Err(anyhow!(text).into());
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
 }

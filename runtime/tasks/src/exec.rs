@@ -107,6 +107,7 @@ impl TaskSet {
             exec_id: exec_id.into(),
             pid: task.pid(),
         };
+        relay.listen();
         if let Some(exit) = exec.process.started(|| self.publish(event)) {
             self.end_exec(task, &exec, exit);
         }

@@ -57,6 +57,7 @@ mod host_limits;
 mod joined_users;
 mod launcher;
 mod lifecycle;
+mod listener;
 mod logger;
 mod machine;
 mod memory_policy;

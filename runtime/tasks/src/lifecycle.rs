@@ -82,6 +82,9 @@ impl TaskSet {
             id: task.id.clone(),
             pid: task.pid(),
         };
+        if let Some(relay) = task.init.relay() {
+            relay.listen();
+        }
         if let Some(exit) = task.init.started(|| self.publish(event)) {
             self.end(task, exit);
         }

@@ -2,6 +2,7 @@
 //! without a guest.
 
 use crate::Error;
+use crate::listener::Connector;
 use crate::namespaces::{current_interfaces, interfaces, is_in_user_namespace};
 use crate::resize::bound_memory;
 use crate::set::{State, Task, TaskSet};
@@ -12,9 +13,9 @@ use koya::oci_spec::runtime as oci;
 use koya::vmm::devices::rate_limit::{Rate, RateLimiter};
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
-    Bundle, Container, ContainerStats, DnsForwarder, ExecOptions, HostEnd, InterfaceChanges,
-    Loopback, NetworkConfig, Notifications, ProcessStreams, Sandbox, SandboxConfig, Size, Step,
-    TimelineFile,
+    Bundle, Container, ContainerStats, DnsForwarder, ExecOptions, GuestListener, HostEnd,
+    InterfaceChanges, Loopback, NetworkConfig, Notifications, ProcessStreams, Sandbox,
+    SandboxConfig, Size, Step, TimelineFile,
 };
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -51,6 +52,7 @@ pub(crate) struct Streams {
     pub(crate) stdout: Option<UnixStream>,
     pub(crate) stderr: Option<UnixStream>,
     pub(crate) extra_fds: Vec<UnixStream>,
+    pub(crate) listeners: Vec<Connector>,
     pub(crate) notifications: Option<Notifications>,
 }
 
@@ -61,9 +63,16 @@ impl Streams {
             stdout: process.stdout.take(),
             stderr: process.stderr.take(),
             extra_fds: std::mem::take(&mut process.extra_fds),
+            listeners: connectors(std::mem::take(&mut process.listeners)),
             notifications: process.notifications.take(),
         }
     }
+}
+
+fn connectors(listeners: Vec<GuestListener>) -> Vec<Connector> {
+    let listeners = listeners.into_iter();
+    let connectors = listeners.map(|listener| Box::new(move || listener.connect()) as Connector);
+    connectors.collect()
 }
 
 /// The operations of a [`Sandbox`] used by a task set.
@@ -74,6 +83,8 @@ pub(crate) trait VirtualMachine: Send + Sync {
         bundle: &Bundle,
         wanted: &ProcessStreams,
     ) -> Result<(Arc<dyn GuestContainer>, Streams), koya::Error>;
+    /// Whether the guest has all interfaces of its network namespace.
+    fn has_interfaces(&self) -> anyhow::Result<bool>;
     fn ended(&self) -> Option<ExitReason>;
     fn wait_ended(&self) -> ExitReason;
     fn next_oom(&self) -> Result<(String, u64), koya::Error>;
@@ -210,6 +221,10 @@ impl VirtualMachine for SandboxMachine {
         let mut container = self.sandbox.create_oci(id, bundle, wanted.clone())?;
         let streams = Streams::take(container.process_mut());
         Ok((Arc::new(container), streams))
+    }
+
+    fn has_interfaces(&self) -> anyhow::Result<bool> {
+        Ok(self.sandbox.has_interfaces(&current_interfaces()?))
     }
 
     fn ended(&self) -> Option<ExitReason> {

@@ -1,8 +1,8 @@
 //! Namespaces of a sandbox's process on the host: mount and network.
 
 use anyhow::{Context, Result, bail};
-use koya::InterfaceChanges;
 use koya::oci_spec::runtime::{LinuxNamespaceType, Spec};
+use koya::{InterfaceChanges, NetDevice};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use std::fs::{self, File};
@@ -78,6 +78,56 @@ impl Network {
             Self::Path(path) => enter_opened(&open(path)?, path),
             Self::Host | Self::New => Ok(()),
         }
+    }
+}
+
+/// Moves the calling thread into the network namespace of a configuration, as [`Network::enter`] does, and the network devices
+/// that the configuration gives to the container.
+pub(crate) fn enter(spec: &Spec) -> Result<()> {
+    enter_with_devices(spec, Network::enter)
+}
+
+/// The same as [`Network::enter_named`] does.
+pub(crate) fn enter_named(spec: &Spec) -> Result<()> {
+    enter_with_devices(spec, Network::enter_named)
+}
+
+fn enter_with_devices(spec: &Spec, enter: fn(&Network) -> Result<()>) -> Result<()> {
+    let network = Network::of(spec);
+    let devices = koya::net_devices_of(spec)?;
+    if devices.is_empty() {
+        return enter(&network);
+    }
+    let host = open(Path::new("/proc/thread-self/ns/net"))?;
+    enter(&network)?;
+    move_devices(&host, &devices)
+}
+
+/// Moves network devices of this namespace of the host to that of the calling thread.
+pub(crate) fn move_devices(host: &File, devices: &[NetDevice]) -> Result<()> {
+    let is_root = rustix::process::geteuid().is_root() && !is_in_user_namespace();
+    check_devices(devices, is_root)?;
+    Ok(koya::move_net_devices(host, devices)?)
+}
+
+/// What is known to be impossible before a device is moved, from which it may not come back.
+fn check_devices(devices: &[NetDevice], is_root: bool) -> Result<()> {
+    if !is_root {
+        bail!(
+            "linux.netDevices: network devices are not supported for rootless containers: run as root"
+        );
+    }
+    let (count, most) = (devices.len(), InterfaceChanges::MAX_INTERFACES);
+    if count > most {
+        bail!("linux.netDevices: {count} devices are more than the {most} that a sandbox takes");
+    }
+    let mut devices = devices.iter();
+    match devices.find(|device| KERNELS.contains(&device.new_name.as_str())) {
+        Some(NetDevice { name, new_name }) => bail!(
+            "linux.netDevices: {name} can't be {new_name} in the container, a name of the kernel's own \
+             interfaces: give it another one"
+        ),
+        None => Ok(()),
     }
 }
 
@@ -164,6 +214,25 @@ mod tests {
         ] {
             assert!(!is_of_a_process(Path::new(other)), "{other}");
         }
+    }
+
+    #[test]
+    fn devices_that_cannot_become_the_guests_are_not_moved() {
+        let device = |new_name: &str| NetDevice {
+            name: "eth0".into(),
+            new_name: new_name.into(),
+        };
+        let refused = |devices: &[NetDevice], is_root| {
+            let checked = check_devices(devices, is_root);
+            checked.map_or_else(|error| error.to_string(), |()| String::new())
+        };
+        assert_eq!(refused(&[device("eth1")], true), "");
+        assert!(refused(&[device("eth1")], false).contains("for rootless containers"));
+        let kernels = refused(&[device("eth1"), device("sit0")], true);
+        assert!(kernels.contains("eth0 can't be sit0"), "{kernels}");
+        let many = vec![device("net%d"); InterfaceChanges::MAX_INTERFACES + 1];
+        let many = refused(&many, true);
+        assert!(many.contains("9 devices are more than the 8"), "{many}");
     }
 
     #[test]

@@ -1,14 +1,18 @@
 //! `--preserve-fds`: descriptors that a process inherits from the caller, 3 and up. Descriptors can't be passed into a
 //! guest: their data is forwarded, as for the standard streams. The process has a pipe in place of a pipe, a FIFO or a
 //! file that is open in one direction, and a socket in place of a stream socket. `/dev/null` and similar devices are
-//! replaced by those of the guest.
+//! replaced by those of the guest, and the process has a listening socket of the guest in place of one of the host.
 
 use anyhow::{Context, Result, bail};
-use koya::{Direction, ExtraFd};
+use koya::{Direction, ExtraFd, SocketName};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, major, minor};
-use rustix::net::{SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::UnixListener;
 
 /// An inherited descriptor.
 #[derive(Debug)]
@@ -17,6 +21,8 @@ pub struct Preserved {
     pub(crate) file: File,
     /// Device of the guest that replaces it.
     device: Option<&'static str>,
+    /// Name of the listening socket of the guest that is in its place.
+    listener: Option<SocketName>,
 }
 
 /// Devices that are the same in every kernel, by their minor numbers.
@@ -39,32 +45,79 @@ impl Preserved {
     /// # Errors
     /// If its data can't be forwarded.
     pub fn new(number: usize, fd: OwnedFd) -> Result<Self> {
+        let refused = || format!("descriptor {number} can't be passed into a virtual machine");
         let device = device_of(&fd)?;
-        let direction = match device {
-            Some(_) => Ok(access_of(&fd)?),
-            None => direction_of(&fd),
+        let listener = match is_listening(&fd)? {
+            true => Some(guests_name(&fd).with_context(refused)?),
+            false => None,
         };
-        let direction = direction.with_context(|| {
-            format!("descriptor {number} can't be passed into a virtual machine")
-        })?;
+        let direction = match (device, &listener) {
+            (Some(_), _) => access_of(&fd)?,
+            (None, Some(_)) => Direction::Both,
+            (None, None) => direction_of(&fd).with_context(refused)?,
+        };
         Ok(Self {
             direction,
             file: fd.into(),
             device,
+            listener,
         })
     }
 
     /// The descriptor that the process gets in its place.
     pub(crate) fn wanted(&self) -> ExtraFd {
-        match self.device {
-            Some(path) => ExtraFd::Device(path, self.direction),
-            None => ExtraFd::Stream(self.direction),
+        match (self.device, &self.listener) {
+            (Some(path), _) => ExtraFd::Device(path, self.direction),
+            (None, Some(name)) => ExtraFd::Listener(name.clone()),
+            (None, None) => ExtraFd::Stream(self.direction),
         }
     }
 
     /// Whether its data is forwarded.
     pub(crate) fn is_stream(&self) -> bool {
-        self.device.is_none()
+        self.device.is_none() && self.listener.is_none()
+    }
+
+    /// Whether its connections are forwarded.
+    pub(crate) fn is_listener(&self) -> bool {
+        self.listener.is_some()
+    }
+}
+
+/// Whether this is a stream socket that listens.
+fn is_listening(fd: &OwnedFd) -> Result<bool> {
+    Ok(
+        FileType::from_raw_mode(fstat(fd)?.st_mode) == FileType::Socket
+            && sockopt::socket_type(fd)? == SocketType::STREAM
+            && sockopt::socket_acceptconn(fd)?,
+    )
+}
+
+/// The name of the guest's socket in place of a listening one: the same port of its loopback, or the same path.
+fn guests_name(fd: &OwnedFd) -> Result<SocketName> {
+    let own = fd.try_clone()?;
+    match sockopt::socket_domain(fd)? {
+        AddressFamily::UNIX => {
+            let address = UnixListener::from(own).local_addr()?;
+            let path = address
+                .as_pathname()
+                .map(|path| path.as_os_str().as_bytes());
+            match (path, address.as_abstract_name()) {
+                (Some(path), _) => Ok(SocketName::Unix(path.to_vec())),
+                (None, Some(name)) => Ok(SocketName::Unix([&[0][..], name].concat())),
+                (None, None) => bail!("it is a socket that listens without a name"),
+            }
+        }
+        AddressFamily::INET | AddressFamily::INET6 => {
+            let address = TcpListener::from(own).local_addr()?;
+            let loopback: IpAddr = match address {
+                SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            };
+            let guests = SocketAddr::new(loopback, address.port());
+            Ok(SocketName::Tcp(guests))
+        }
+        _ => bail!("it is a socket that listens, and neither of TCP nor of the Unix domain"),
     }
 }
 
@@ -97,9 +150,6 @@ fn direction_of(fd: &OwnedFd) -> Result<Direction> {
         FileType::Socket if sockopt::socket_type(fd)? != SocketType::STREAM => {
             bail!("it is a socket, but no stream")
         }
-        FileType::Socket if sockopt::socket_acceptconn(fd)? => {
-            bail!("it is a socket that listens")
-        }
         FileType::Socket => Ok(Direction::Both),
         FileType::Directory => bail!("it is a directory"),
         FileType::CharacterDevice | FileType::BlockDevice => bail!("it is a device"),
@@ -110,7 +160,7 @@ fn direction_of(fd: &OwnedFd) -> Result<Direction> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{TcpListener, UdpSocket};
+    use std::net::UdpSocket;
     use std::os::unix::net::UnixStream;
 
     fn of(fd: impl Into<OwnedFd>) -> Result<Direction, String> {
@@ -130,7 +180,7 @@ mod tests {
         assert_eq!(of(File::open(&file).unwrap()), Ok(Direction::Input));
         assert_eq!(of(File::create(&file).unwrap()), Ok(Direction::Output));
         let both = "a regular file that is open both ways";
-        let others: [(OwnedFd, &str); 5] = [
+        let others: [(OwnedFd, &str); 4] = [
             (file.into_file().into(), both),
             (File::open("/").unwrap().into(), "a directory"),
             (
@@ -140,7 +190,6 @@ mod tests {
                     .into(),
                 "a device",
             ),
-            (TcpListener::bind("127.0.0.1:0").unwrap().into(), "listens"),
             (UdpSocket::bind("127.0.0.1:0").unwrap().into(), "no stream"),
         ];
         let (out, both) = (
@@ -167,5 +216,38 @@ mod tests {
             );
             assert!(refused.contains(what), "{refused}");
         }
+    }
+
+    #[test]
+    fn a_listening_socket_has_the_name_of_the_hosts() {
+        let wanted = |fd: OwnedFd| {
+            let preserved = Preserved::new(3, fd).unwrap();
+            assert!(preserved.is_listener() && !preserved.is_stream());
+            preserved.wanted()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let unix = UnixListener::bind(&path).unwrap();
+        let name = path.as_os_str().as_bytes().to_vec();
+        assert_eq!(
+            wanted(unix.into()),
+            ExtraFd::Listener(SocketName::Unix(name))
+        );
+        let own = format!("koya-preserved-{}", std::process::id());
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(&own).unwrap();
+        let abstract_one = UnixListener::bind_addr(&address).unwrap();
+        let name = [&[0][..], own.as_bytes()].concat();
+        assert_eq!(
+            wanted(abstract_one.into()),
+            ExtraFd::Listener(SocketName::Unix(name))
+        );
+        // The guest's is one of its loopback, where it is not reached from elsewhere.
+        let all = TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = all.local_addr().unwrap().port();
+        let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        assert_eq!(
+            wanted(all.into()),
+            ExtraFd::Listener(SocketName::Tcp(loopback))
+        );
     }
 }

@@ -4,6 +4,7 @@
 //! soon as they learn of it.
 
 use crate::blocking::BlockingStream;
+use crate::listener::Listener;
 use crate::logger::Logger;
 use crate::machine::Streams;
 use crate::preserved::Preserved;
@@ -60,6 +61,8 @@ struct State {
     /// The guest's ends of inputs, and what of each is shut down: an output may use it, too.
     inputs: Vec<(UnixStream, Shutdown)>,
     outputs: Vec<Source>,
+    /// Listening sockets until the process is started.
+    listeners: Vec<Listener>,
     /// Whether the process has ended.
     has_ended: bool,
     logger: Option<Logger>,
@@ -139,7 +142,15 @@ impl Io {
         let mut outputs = vec![(stdout, self.stdout), (stderr, self.stderr)];
         let mut inputs = Vec::new();
         let mut ends = Vec::new();
-        let preserved = self.preserved.into_iter().filter(Preserved::is_stream);
+        let (listening, others): (Vec<_>, Vec<_>) =
+            self.preserved.into_iter().partition(Preserved::is_listener);
+        let mut listeners = Vec::new();
+        for (preserved, connect) in listening.into_iter().zip(streams.listeners) {
+            let socket = preserved.file.into();
+            listeners.push(Listener::new(socket, connect, stopped.try_clone()?));
+        }
+        shared.change(|state| state.listeners = listeners);
+        let preserved = others.into_iter().filter(Preserved::is_stream);
         for (preserved, stream) in preserved.zip(streams.extra_fds) {
             if preserved.direction != Direction::Output {
                 inputs.push((preserved.file.try_clone()?, stream.try_clone()?));
@@ -201,12 +212,23 @@ impl Relay {
         self.0.lock().keep.take();
     }
 
+    /// Connects clients to its listening sockets, now that the process runs.
+    pub(crate) fn listen(&self) {
+        let listeners = std::mem::take(&mut self.0.lock().listeners);
+        for listener in listeners {
+            if let Err(error) = listener.start() {
+                log::warn!("nobody accepts the clients of an inherited socket: {error:#}");
+            }
+        }
+    }
+
     /// Waits, after the end of the process, until its output has been read, as long as there is progress.
     pub(crate) fn finish(&self) {
         let ended = Instant::now();
         let mut state = self.0.lock();
         state.keep.take();
         state.stop.take();
+        state.listeners.clear();
         // A guest that neither reads nor closes one would keep its thread forever.
         for (input, how) in state.inputs.drain(..) {
             input.shutdown(how).ok();

@@ -5,7 +5,7 @@ use crate::cgroup;
 use crate::default_users;
 use crate::hooks;
 use crate::memory_policy;
-use crate::namespaces::Network;
+use crate::namespaces::{self, Network};
 use crate::oci_compat;
 use crate::size::{Limits, PERIOD, milli_cpus, milli_cpus_of_set};
 use anyhow::{Context, anyhow};
@@ -148,21 +148,21 @@ impl Spec {
     }
 
     /// Moves the calling thread, the only one of its process, into the namespaces of the container's sandbox: a new mount
-    /// namespace, and its network namespace.
+    /// namespace, and its network namespace, together with the container's network devices.
     ///
     /// # Errors
-    /// The namespace that can't be entered.
+    /// The namespace that can't be entered, or the device that can't be moved.
     pub fn enter_namespaces(&self) -> Result<(), Error> {
-        Ok(self.network().enter()?)
+        Ok(namespaces::enter(&self.0)?)
     }
 
     /// Moves the calling thread, the only one of its process, into the network namespace of another container, for a process
-    /// that represents a container in the other one's sandbox.
+    /// that represents a container in the other one's sandbox; its network devices are moved there, too.
     ///
     /// # Errors
-    /// If it can't be entered.
+    /// If it can't be entered, or the device that can't be moved.
     pub fn enter_network_of_another(&self) -> Result<(), Error> {
-        Ok(self.network().enter_named()?)
+        Ok(namespaces::enter_named(&self.0)?)
     }
 
     /// The name server of Docker's user-defined networks, if the container uses it: on the loopback of its network namespace

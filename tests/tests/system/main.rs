@@ -30,7 +30,9 @@ mod oci_cpus;
 mod oci_descriptors;
 mod oci_exec;
 mod oci_limits;
+mod oci_listeners;
 mod oci_mounts;
+mod oci_net_devices;
 mod oci_notify;
 mod oci_seccomp;
 mod oci_sysctls;
@@ -95,7 +97,9 @@ fn main() -> ExitCode {
         oci_descriptors::trials(),
         oci_exec::trials(),
         oci_limits::trials(),
+        oci_listeners::trials(),
         oci_mounts::trials(),
+        oci_net_devices::trials(),
         oci_notify::trials(),
         oci_seccomp::trials(),
         oci_sysctls::trials(),

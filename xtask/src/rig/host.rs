@@ -22,6 +22,7 @@ const MODULES: &[&str] = &[
     "ext4",
     "tun",
     "veth",
+    "dummy",
     "bridge",
     "macvlan",
     "ipvlan",

@@ -157,6 +157,10 @@ impl VirtualMachine for FakeMachine {
         Ok((Arc::new(container), Streams::default()))
     }
 
+    fn has_interfaces(&self) -> anyhow::Result<bool> {
+        Ok(true)
+    }
+
     fn ended(&self) -> Option<ExitReason> {
         self.0.lock().ended.clone()
     }
