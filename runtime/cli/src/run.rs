@@ -117,7 +117,7 @@ pub(super) struct RunArgs {
     security_opt: Vec<Security>,
     /// Do not confine the threads on the host that run the guest and serve its devices; by default each has a seccomp
     /// filter, no capabilities except those for serving files, and, if started by root, no access to files that are not
-    /// shared. All other threads keep all capabilities of the caller, too
+    /// shared. The other threads then keep all capabilities of the caller, too
     #[arg(long)]
     no_seccomp: bool,
     /// Do not share CPU cores with other processes (core scheduling): their hyperthreads run threads of this container or
