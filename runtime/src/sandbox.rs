@@ -411,6 +411,7 @@ impl Sandbox {
 
     /// Waits for the next container with processes killed by the guest's OOM killer: returns its name and the number killed
     /// so far. Each event is delivered to one caller.
+    ///
     /// # Errors
     /// The reason why the virtual machine ended, if it did.
     pub fn next_oom(&self) -> Result<(String, u64), Error> {
