@@ -161,6 +161,9 @@ fn directories_of_others_are_refused() {
     assert!(check_private(&path).is_err());
     fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
     check_private(&path).unwrap();
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    assert!(check_private(&link).is_err());
 }
 
 #[test]
