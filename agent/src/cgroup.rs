@@ -236,9 +236,11 @@ fn retain_own_cpus(resources: &mut LinuxResources, online: &str, other: Option<&
         wanted.is_ok_and(|wanted| wanted.iter().all(|cpu| online.contains(cpu)))
     };
     let other = other.filter(|other| !other.is_empty());
-    let own_cpus = |list: &String| match list.trim().is_empty() || has_all(list) {
-        true => Some(list.clone()).filter(|list| !list.trim().is_empty()),
-        false => other.map(str::to_owned),
+    // An empty set is none.
+    let own_cpus = |list: &String| match list.trim() {
+        "" => None,
+        _ if has_all(list) => Some(list.clone()),
+        _ => other.map(str::to_owned),
     };
     let is_own_node = |list: &String| !online.is_empty() && list.trim() == "0";
     if let Some(mut cpu) = resources.cpu().clone() {
@@ -317,8 +319,12 @@ pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
     let directory = directory(id);
     // Values of missing controllers are zero.
     let text = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
-    text_stats(&text, &huge_page_sizes(&directory), directory.is_dir())
-        .ok_or_else(|| ErrorReason::NotFound(format!("no container {id}")).into())
+    let stats = parse_stats(&text, &huge_page_sizes(&directory));
+    // Checked last: without the group, all of its files are missing.
+    if !directory.is_dir() {
+        bail!(ErrorReason::NotFound(format!("no container {id}")));
+    }
+    Ok(stats)
 }
 
 /// The sizes of huge pages that the group has files for.
@@ -335,11 +341,8 @@ fn huge_page_sizes(directory: &Path) -> Vec<String> {
     sizes
 }
 
-fn text_stats(
-    text: &dyn Fn(&str) -> String,
-    sizes: &[String],
-    exists: bool,
-) -> Option<ContainerStats> {
+/// The statistics in a group's files: `text` returns the contents of one of them by its name.
+fn parse_stats(text: &dyn Fn(&str) -> String, huge_page_sizes: &[String]) -> ContainerStats {
     let number = |name: &str| single(&text(name));
     let cpu = keyed(&text("cpu.stat"));
     let of_cpu = |name: &str| cpu.get(name).copied().unwrap_or(0);
@@ -352,7 +355,7 @@ fn text_stats(
             .unwrap_or(0),
         ..Default::default()
     };
-    exists.then(|| ContainerStats {
+    ContainerStats {
         pids_current: number("pids.current"),
         pids_limit: number("pids.max"),
         cpu_usage_usec: of_cpu("usage_usec"),
@@ -368,9 +371,9 @@ fn text_stats(
         memory: keyed(&text("memory.stat")),
         memory_events: keyed(&text("memory.events")),
         io: device_io(&text("io.stat")),
-        huge_pages: sizes.iter().map(huge_pages).collect(),
+        huge_pages: huge_page_sizes.iter().map(huge_pages).collect(),
         ..Default::default()
-    })
+    }
 }
 
 /// One number, or `max`.
@@ -576,7 +579,7 @@ mod tests {
             }
             .to_owned()
         };
-        let stats = text_stats(&text, &["2MB".into()], true).unwrap();
+        let stats = parse_stats(&text, &["2MB".into()]);
         let huge = &stats.huge_pages[0];
         assert_eq!((huge.usage, huge.failures), (4 << 20, 3));
         assert_eq!((stats.pids_current, stats.pids_limit), (3, u64::MAX));
@@ -585,6 +588,5 @@ mod tests {
         assert_eq!(stats.memory_events["oom_kill"], 2);
         assert_eq!((stats.io[0].major, stats.io[0].read_bytes), (254, 4096));
         assert_eq!(stats.io.len(), 2);
-        assert!(text_stats(&text, &[], false).is_none());
     }
 }

@@ -5,6 +5,7 @@ use crate::device_rules;
 use crate::disks;
 use crate::places;
 use anyhow::{Context, Result};
+use koya_protocol::is_terminal;
 use koya_protocol::messages::BlockDevice;
 use koya_rootfs::says_read_only;
 use oci_spec::runtime::{
@@ -283,12 +284,6 @@ pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path, has_terminals: bool
     })
 }
 
-/// Whether it is a terminal by itself: `/dev/tty` is that of the calling process.
-fn is_terminal(path: &Path) -> bool {
-    let name = path.to_str().and_then(|path| path.strip_prefix("/dev/tty"));
-    name.is_some_and(|rest| !rest.is_empty())
-}
-
 /// Loop devices are created on demand by loop-control, and would then be missing in a container's `/dev`.
 fn add_loop_devices(found: &mut Vec<LinuxDevice>) -> Result<()> {
     const MAJOR: i64 = 7;
@@ -470,8 +465,6 @@ mod tests {
         assert!(!has_loops || at("/dev/loop0") == 1 && at("/dev/loop7") == 1);
         assert!(!nodes.iter().any(|node| node.path().starts_with("/dev/pts")));
         assert!(!nodes.iter().any(|node| is_terminal(node.path())));
-        let is = |path: &str| is_terminal(Path::new(path));
-        assert!(is("/dev/ttyS0") && is("/dev/tty1") && !is("/dev/tty") && !is("/dev/null"));
         let null = nodes
             .iter()
             .find(|node| node.path() == Path::new("/dev/null"))

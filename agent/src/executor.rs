@@ -101,7 +101,7 @@ pub(crate) struct Confinement {
     pub(crate) affinity: Affinity,
     /// The user that owns its streams, as mapped by the container's user namespace.
     pub(crate) uid: u32,
-    /// That namespace.
+    /// The container's user namespace, if it has one.
     pub(crate) users: Option<UserNamespace>,
     /// Settings of its terminal, if it has one: it must not start before they are set.
     pub(crate) terminal: Option<console::Settings>,

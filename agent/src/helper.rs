@@ -35,10 +35,12 @@ const STATE: &str = "/run/koya/state";
 /// Directory of the container states that libcontainer reads for them.
 const ENTRIES: &str = "/run/koya/entries";
 
-/// A bundle's configuration, the directory beside it for added processes, and in there what they have of the container:
-/// its filter, the CPUs of those that name none, and how its users are mapped.
+/// A bundle's configuration.
 const CONFIG: &str = "config.json";
+/// Directory in the bundle for processes that are added later: with a configuration of its own for libcontainer.
 const ADDED: &str = "added";
+/// File in there with what these take over from the container: its seccomp filter, the CPUs of processes that name none,
+/// and the mapping of its users.
 const SHARED: &str = "shared.json";
 /// Privileges that the container's own process gives up by itself.
 const PRIVILEGES: &str = "privileges.json";
@@ -92,10 +94,11 @@ impl Outcome {
     }
 }
 
-/// Runs one operation: `create ID OUTCOME CONSOLE FURTHER UID`, `start ID OUTCOME`,
-/// `exec ID OUTCOME CGROUP TERMINAL CONSOLE FURTHER PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. TERMINAL are
-/// [`console::Settings`] as JSON, for a process that has one; CONSOLE is a socket's path, or `-`; FURTHER are the
-/// numbers in PID 1 of the process's descriptors 3 and up.
+/// Runs one operation: `create ID OUTCOME CONSOLE FDS UID`, `start ID OUTCOME`,
+/// `exec ID OUTCOME CGROUP TERMINAL CONSOLE FDS PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. OUTCOME is the file for
+/// the result; TERMINAL are [`console::Settings`](crate::console::Settings) as JSON, for a process that has one; CONSOLE is
+/// the path of a socket, or `-`; FDS are the numbers in PID 1 of the process's descriptors 3 and up; PROCESS is the file
+/// with the process in OCI form.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -198,7 +201,7 @@ fn classify_error(error: LibcontainerError, known: Option<ErrorReason>) -> anyho
     }
 }
 
-/// What libcontainer's error does not tell.
+/// Why the kernel refused the container, if the configuration tells: libcontainer's error does not.
 fn refused_by_the_kernel(id: &str, error: &LibcontainerError) -> Option<ErrorReason> {
     let spec = Spec::load(bundle(id).join(CONFIG)).ok()?;
     refused_options::find(&spec).or_else(|| too_little_memory(&spec, &format!("{error:?}")))

@@ -7,14 +7,14 @@ use crate::configuration::{self, is_bind, is_read_only};
 use crate::places;
 use anyhow::{Context, Result};
 use koya_protocol::OWN_ROOT;
-use koya_rootfs::{Kind, Rootfs, make_read_only};
+use koya_rootfs::{Kind, Rootfs, make_read_only, path_of};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{FileType, fstat};
 use rustix::mount::{
     MoveMountFlags, OpenTreeFlags, mount_bind, mount_bind_recursive, move_mount, open_tree,
 };
 use serde::{Deserialize, Serialize};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// The nodes and links that libcontainer creates in each `/dev`.
@@ -120,7 +120,7 @@ pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
     let root = Rootfs::open(Path::new(root))?;
     let find = |path: &str| -> Result<(OwnedFd, PathBuf)> {
         let found = root.find(Path::new(path))?;
-        let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        let path = path_of(&found);
         Ok((found, path))
     };
     if terminal == "true" {
@@ -172,7 +172,7 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
     }
     let place = || -> Result<(OwnedFd, PathBuf)> {
         let found = root.find(&late.at)?;
-        let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        let path = path_of(&found);
         Ok((found, path))
     };
     let own = match late.is_own {
@@ -186,7 +186,7 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
                 false => Kind::File,
             };
             root.make(&late.at, kind)?;
-            PathBuf::from(format!("/proc/self/fd/{}", own.as_raw_fd()))
+            path_of(own)
         }
         None => late.source.clone(),
     };

@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 use koya_protocol::STREAM_PORT;
 use koya_protocol::messages::Stdio;
 use koya_protocol::notify::{MAX_LEN, frame};
+use koya_rootfs::path_of;
 use oci_spec::runtime::Spec;
 use rustix::fs::{Mode, OFlags, open};
 use std::fs::{Permissions, set_permissions};
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
@@ -55,9 +55,8 @@ pub(crate) async fn make(id: &str, spec: &mut Spec, stdio: &Stdio) -> Result<Not
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let within = open(&at, flags, Mode::empty())?;
     // By its descriptor: a path with an ID may be longer than that of a socket may be.
-    let short = Path::new("/proc/self/fd").join(within.as_raw_fd().to_string());
-    let socket =
-        UnixDatagram::bind(short.join(name)).context("cannot make a socket for notifications")?;
+    let socket = UnixDatagram::bind(path_of(&within).join(name))
+        .context("cannot make a socket for notifications")?;
     set_permissions(at.join(name), Permissions::from_mode(0o777))?;
     let mount = &mut mounts[number];
     mount

@@ -53,6 +53,7 @@ struct Service {
 }
 
 impl Service {
+    /// Does `what` on the agent's main thread, which has the state, and waits for its result.
     async fn ask<T, F, R>(&self, what: F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
@@ -173,11 +174,10 @@ impl Agent for Service {
             let end = state.with(&key, |p| p.end.clone())?;
             let status = reaper::wait(end).await;
             if key.1.is_empty() {
-                // The host expects no more of its messages after this reply.
+                // The host expects no more of its messages after this reply. It is forgotten with the container.
                 state.close_notify_socket(&key.0).await;
-            }
-            // An exec process is forgotten once its exit has been reported; a container's first process with the container.
-            if !key.1.is_empty() {
+            } else {
+                // An exec process is forgotten once its exit has been reported.
                 state.processes.borrow_mut().remove(&key);
             }
             Ok(WaitProcessResponse {

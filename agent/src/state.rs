@@ -33,10 +33,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
+use std::time::Duration;
 use tokio::sync::OnceCell;
 
 /// Time within which all processes of a container end that are killed at once.
-const KILLED_TOGETHER: std::time::Duration = std::time::Duration::from_millis(100);
+const KILLED_TOGETHER: Duration = Duration::from_millis(100);
 
 /// Key of a process: container ID, and exec ID (empty for the first process).
 pub(crate) type Key = (String, String);
@@ -148,7 +149,7 @@ impl State {
         }
         configuration::adapt(&mut spec, id)?;
         fs::create_dir_all(&dir)?;
-        let made = self.make(id, spec, &request).await;
+        let made = self.try_create(id, spec, &request).await;
         if made.is_err() {
             // Removes a partially created container.
             self.remove(id).await.ok();
@@ -180,42 +181,19 @@ impl State {
         }
     }
 
-    async fn make(
+    /// Creates a container; after a failure, parts of it may be left.
+    async fn try_create(
         &self,
         id: &str,
         mut spec: Spec,
         request: &CreateContainerRequest,
     ) -> Result<Process> {
-        // Open until they are joined: a PID could have been reused by then.
-        let mut joined = Vec::new();
-        if request.sandbox_pidns {
-            joined.push((LinuxNamespaceType::Pid, self.pause().await?));
-        }
-        let others = [
-            (LinuxNamespaceType::Pid, "pid", &request.pidns_of),
-            (LinuxNamespaceType::Ipc, "ipc", &request.ipcns_of),
-            (LinuxNamespaceType::Uts, "uts", &request.utsns_of),
-        ];
-        for (kind, name, of) in others {
-            if !of.is_empty() {
-                joined.push((kind, namespace_of(self.running(of)?, name)?));
-            }
-        }
+        // Open until the container has joined them: a PID could have been reused by then.
+        let joined = self.namespaces_to_join(request).await?;
         for (kind, namespace) in &joined {
             configuration::join(&mut spec, *kind, namespace.as_raw_fd());
         }
-        let (memory, disks) = (&request.ephemeral_volumes, &request.disk_volumes);
-        // Most containers have none, and need no additional thread.
-        let shared = &request.shared_volumes;
-        if !memory.is_empty() || !disks.is_empty() || !shared.is_empty() {
-            let (of, memory, disks) = (id.to_owned(), memory.clone(), disks.clone());
-            let shared = shared.clone();
-            run_blocking(move || {
-                volumes::mount_all(&of, &memory, &disks)?;
-                volumes::mount_shared(&of, &shared)
-            })
-            .await?;
-        }
+        mount_volumes(id, request).await?;
         for device in &request.block_devices {
             configuration::add_disk(&mut spec, device)?;
         }
@@ -229,19 +207,7 @@ impl State {
                 .borrow_mut()
                 .insert(id.to_owned(), socket);
         }
-        if tmpfs::concerns(&spec, root_setup::is_image(id, &spec)) {
-            let of = id.to_owned();
-            spec = run_blocking(move || tmpfs::prepare(&of, spec)).await?;
-        }
-        late_mounts::take(&mut spec)?;
-        let mut spec = match root_setup::is_complete(id, &spec, &request.files) {
-            true => spec,
-            // Access to its root may be slow.
-            false => {
-                let (of, files) = (id.to_owned(), request.files.clone());
-                run_blocking(move || root_setup::complete_root(&of, spec, &files)).await?
-            }
-        };
+        let mut spec = prepare_root(id, spec, request).await?;
         if let Some(hooks) = StartHooks::take(&mut spec, id, &bundle(id)) {
             hooks.save(&bundle(id))?;
         }
@@ -259,16 +225,7 @@ impl State {
         if let Some(limits) = &late {
             cgroup::set(id, limits)?;
         }
-        let key = (id.to_owned(), String::new());
-        // It waits for its start; an exec process sets up its terminal itself.
-        let settings = console::Settings::of(&request.stdio);
-        self.with(&key, |tracked| {
-            let terminal = tracked.terminal.as_ref();
-            terminal.map_or(Ok(()), |terminal| settings.apply(terminal))
-        })??;
-        if let Err(error) = self.with(&key, |tracked| give_terminal(tracked, uid))? {
-            sys::kernel_log(&format!("koya-agent: a terminal stays root's: {error:#}"));
-        }
+        self.set_up_terminal(id, &request.stdio, uid)?;
         if let Err(error) = self.ooms.watch(id) {
             // A guest kernel without that controller.
             sys::kernel_log(&format!("koya-agent: {error:#}"));
@@ -280,6 +237,42 @@ impl State {
             self.end_all_with_the_first(id)?;
         }
         Ok(made)
+    }
+
+    /// The namespaces of other containers, or of the sandbox, that a container joins.
+    async fn namespaces_to_join(
+        &self,
+        request: &CreateContainerRequest,
+    ) -> Result<Vec<(LinuxNamespaceType, File)>> {
+        let mut found = Vec::new();
+        if request.sandbox_pidns {
+            found.push((LinuxNamespaceType::Pid, self.pause().await?));
+        }
+        let others = [
+            (LinuxNamespaceType::Pid, "pid", &request.pidns_of),
+            (LinuxNamespaceType::Ipc, "ipc", &request.ipcns_of),
+            (LinuxNamespaceType::Uts, "uts", &request.utsns_of),
+        ];
+        for (kind, name, of) in others {
+            if !of.is_empty() {
+                found.push((kind, namespace_of(self.running(of)?, name)?));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Sets up the terminal of a container's first process, which waits for its start. An exec process sets up its own.
+    fn set_up_terminal(&self, id: &str, stdio: &Stdio, uid: u32) -> Result<()> {
+        let key = (id.to_owned(), String::new());
+        let settings = console::Settings::of(stdio);
+        self.with(&key, |tracked| {
+            let terminal = tracked.terminal.as_ref();
+            terminal.map_or(Ok(()), |terminal| settings.apply(terminal))
+        })??;
+        if let Err(error) = self.with(&key, |tracked| give_terminal(tracked, uid))? {
+            sys::kernel_log(&format!("koya-agent: a terminal stays root's: {error:#}"));
+        }
+        Ok(())
     }
 
     /// The pid namespace shared by the sandbox's containers, created on first use.
@@ -508,6 +501,38 @@ impl State {
         };
         sent.with_context(|| format!("signal {number}"))
     }
+}
+
+/// Mounts the volumes of a container. Most containers have none, and need no additional thread.
+async fn mount_volumes(id: &str, request: &CreateContainerRequest) -> Result<()> {
+    let (memory, disks) = (&request.ephemeral_volumes, &request.disk_volumes);
+    let shared = &request.shared_volumes;
+    if memory.is_empty() && disks.is_empty() && shared.is_empty() {
+        return Ok(());
+    }
+    let (id, memory) = (id.to_owned(), memory.clone());
+    let (disks, shared) = (disks.clone(), shared.clone());
+    run_blocking(move || {
+        volumes::mount_all(&id, &memory, &disks)?;
+        volumes::mount_shared(&id, &shared)
+    })
+    .await
+}
+
+/// Prepares the root of a container, and mounts that libcontainer could not make; returns the configuration for
+/// libcontainer.
+async fn prepare_root(id: &str, mut spec: Spec, request: &CreateContainerRequest) -> Result<Spec> {
+    if tmpfs::concerns(&spec, root_setup::is_image(id, &spec)) {
+        let of = id.to_owned();
+        spec = run_blocking(move || tmpfs::prepare(&of, spec)).await?;
+    }
+    late_mounts::take(&mut spec)?;
+    if root_setup::is_complete(id, &spec, &request.files) {
+        return Ok(spec);
+    }
+    // Access to its root may be slow.
+    let (of, files) = (id.to_owned(), request.files.clone());
+    run_blocking(move || root_setup::complete_root(&of, spec, &files)).await
 }
 
 /// Receives the terminal created by a helper, and connects it to the host.

@@ -7,11 +7,12 @@ use crate::checks::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::{DiskVolume, EphemeralVolume, SharedVolume};
 use koya_protocol::{EPHEMERAL_DIR, SHARED_DIR, SHARED_VOLUMES, VOLUMES_DIR};
+use koya_rootfs::path_of;
 use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Uid, openat2};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use std::ffi::{CString, OsStr};
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -32,8 +33,7 @@ pub(crate) fn mount_all(id: &str, memory: &[EphemeralVolume], disks: &[DiskVolum
         let directory = ensure(volume)?;
         let at = place(id, volume.number)?;
         // By its descriptor: containers that use the volume could replace the directory meanwhile.
-        let from = format!("/proc/self/fd/{}", directory.as_raw_fd());
-        mount_bind(from, &at)
+        mount_bind(path_of(&directory), &at)
             .with_context(|| format!("cannot mount the volume {}", volume.name))?;
     }
     mount_disks(id, disks)
@@ -49,7 +49,7 @@ pub(crate) fn mount_shared(id: &str, volumes: &[SharedVolume]) -> Result<()> {
         let found = open_within(&root, path).or_else(|_| open_within(&root, volume.name.as_ref()));
         let found = found.with_context(|| format!("cannot find the shared {path:?}"))?;
         let at = place(id, volume.number)?;
-        mount_bind(format!("/proc/self/fd/{}", found.as_raw_fd()), &at)
+        mount_bind(path_of(&found), &at)
             .with_context(|| format!("cannot mount the shared {path:?}"))?;
     }
     Ok(())
@@ -118,10 +118,7 @@ fn ensure(volume: &EphemeralVolume) -> Result<OwnedFd> {
 /// Mounts the file systems of a container's disks.
 fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
     for volume in volumes {
-        let at = Path::new(VOLUMES_DIR)
-            .join(id)
-            .join(volume.number.to_string());
-        fs::create_dir_all(&at)?;
+        let at = place(id, volume.number)?;
         let device = format!("/dev/{}", check_id(&volume.guest_name)?);
         let (flags, data) = options(&volume.options);
         let mounted = mount(&*device, &at, &*volume.fstype, flags, &*CString::new(data)?);

@@ -5,22 +5,11 @@
 //! threads that it creates, so the thread that builds the machine changes its profile first.
 
 use crate::Error;
+use koya_vmm::host::security_modules::{UNCONFINED, apparmor_file, has_apparmor};
 use koya_vmm::host::threads;
 use std::fs;
 use std::io;
 use std::panic::resume_unwind;
-use std::path::Path;
-
-/// Contains `Y` if the kernel enforces profiles.
-const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
-/// Files by which a thread changes its profile: AppArmor's own since Linux 5.8, before that the one shared by security
-/// modules.
-const CURRENT: [&str; 2] = [
-    "/proc/thread-self/attr/apparmor/current",
-    "/proc/thread-self/attr/current",
-];
-/// The name for no profile.
-const UNCONFINED: &str = "unconfined";
 
 /// Runs `work` with this profile on a separate thread; without a profile, on the calling thread.
 pub(crate) fn confined<T: Send>(
@@ -45,16 +34,11 @@ pub(crate) fn confined<T: Send>(
 
 /// Changes the profile of the calling thread.
 fn enter(profile: &str) -> io::Result<()> {
-    let enabled = fs::read_to_string(ENABLED).unwrap_or_default();
-    if enabled.trim() != "Y" {
+    if !has_apparmor() {
         let text = "this host's kernel does not have AppArmor enabled";
         return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
-    let place = CURRENT.into_iter().find(|place| Path::new(place).exists());
-    fs::write(
-        place.unwrap_or(CURRENT[1]),
-        format!("changeprofile {profile}"),
-    )
+    fs::write(apparmor_file(), format!("changeprofile {profile}"))
 }
 
 #[cfg(test)]

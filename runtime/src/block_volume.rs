@@ -7,7 +7,7 @@
 use crate::Error;
 use crate::direct_volume::DirectVolume;
 use crate::directories;
-use crate::units::parse_size;
+use crate::units::{parse_size, unit_shift};
 use oci_spec::runtime::Mount;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -161,17 +161,8 @@ impl FromStr for BlockVolume {
 }
 
 fn bytes(text: &str) -> Result<u64, Error> {
-    let bytes = parse_size(text).and_then(|(number, unit)| {
-        let shift = match unit.as_str() {
-            "" => 0,
-            "k" => 10,
-            "m" => 20,
-            "g" => 30,
-            "t" => 40,
-            _ => return None,
-        };
-        number.checked_mul(1 << shift)
-    });
+    let bytes =
+        parse_size(text).and_then(|(number, unit)| number.checked_mul(1 << unit_shift(&unit)?));
     bytes.ok_or_else(|| Error::invalid("block volume", format!("{text:?} is not a size")))
 }
 

@@ -3,6 +3,7 @@
 
 use crate::read_small_file;
 use koya_vmm::guest_text::sanitize_line;
+use koya_vmm::host::security_modules::has_selinux;
 use koya_vmm::host::walls::{Filter, check_host};
 use koya_vmm::host::{descriptors, sys};
 use rustix::fs::{OFlags, statfs};
@@ -103,7 +104,7 @@ fn create(path: &Path) -> io::Result<File> {
 
 fn of_this_process(is_confined: bool) -> io::Result<Value> {
     let root = fs::metadata("/")?;
-    let has_selinux = Path::new("/sys/fs/selinux/enforce").exists();
+    let has_selinux = has_selinux();
     let mut threads = Vec::new();
     for task in fs::read_dir("/proc/self/task")? {
         // One that ends meanwhile is left out.

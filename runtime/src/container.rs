@@ -70,7 +70,7 @@ pub struct Output {
 }
 
 /// Creates a container's first process, which waits to be started.
-fn launch(
+fn launch_first(
     inner: &Arc<Inner>,
     id: &str,
     spec: &Spec,
@@ -117,8 +117,9 @@ impl ContainerCreation<'_> {
         self.inner.agent.accounts(self.id)
     }
 
-    /// Creates the first process, which waits to be started; returns it with its configuration in the guest.
-    fn make(
+    /// Creates the container in the guest, with its first process, which waits to be started; returns that with its
+    /// configuration in the guest.
+    fn create_in_guest(
         &mut self,
         bundle: Bundle,
         root: Root,
@@ -150,7 +151,7 @@ impl ContainerCreation<'_> {
         resources.direct = self.attachments.attach_direct(inner, adapted.direct)?;
         resources.omit_terminals = adapted.omits_terminals && !resources.guest_devices;
         resources.guest_devices |= adapted.has_guest_devices;
-        let process = launch(inner, id, &adapted.spec, resources, streams)?;
+        let process = launch_first(inner, id, &adapted.spec, resources, streams)?;
         let first = adapted.spec.process().clone().unwrap_or_default();
         Ok((process, first))
     }
@@ -173,9 +174,9 @@ impl Container {
         config: &ContainerConfig,
     ) -> Result<Self, Error> {
         let own = Some(Box::new(config.clone()));
-        Self::make(inner, id, own, &config.rootfs, |making| {
+        Self::try_create(inner, id, own, &config.rootfs, |creation| {
             let root = config.check_places()?;
-            let accounts = making.accounts(root, &config.rootfs)?;
+            let accounts = creation.accounts(root, &config.rootfs)?;
             let accounts = accounts.with(&config.volumes);
             let bundle = oci::from_config::bundle(id, config, &accounts)?;
             let resources = GuestResources {
@@ -184,7 +185,7 @@ impl Container {
                 files: oci::from_config::files(id, config)?,
                 ..GuestResources::default()
             };
-            making.make(
+            creation.create_in_guest(
                 bundle,
                 root,
                 &accounts,
@@ -200,10 +201,10 @@ impl Container {
         bundle: &Bundle,
         streams: &ProcessStreams,
     ) -> Result<Self, Error> {
-        Self::make(inner, id, None, &bundle.rootfs, |making| {
+        Self::try_create(inner, id, None, &bundle.rootfs, |creation| {
             let root = Root::of(&bundle.rootfs)?;
-            let accounts = making.accounts(root, &bundle.rootfs)?;
-            making.make(
+            let accounts = creation.accounts(root, &bundle.rootfs)?;
+            creation.create_in_guest(
                 bundle.clone(),
                 root,
                 &accounts,
@@ -213,23 +214,24 @@ impl Container {
         })
     }
 
-    fn make(
+    /// Creates a container by `create`, and undoes what was done for it if that fails.
+    fn try_create(
         inner: Arc<Inner>,
         id: &str,
         config: Option<Box<ContainerConfig>>,
         rootfs: &Path,
-        make: impl FnOnce(&mut ContainerCreation<'_>) -> Result<(Process, OciProcess), Error>,
+        create: impl FnOnce(&mut ContainerCreation<'_>) -> Result<(Process, OciProcess), Error>,
     ) -> Result<Self, Error> {
         let mut attachments = Attachments::default();
         // It counts as alive from its creation on.
         let termination = inner.terminator.add();
         let begun = inner.timeline.begin("create", id);
-        let made = make(&mut ContainerCreation {
+        let created = create(&mut ContainerCreation {
             inner: &inner,
             id,
             attachments: &mut attachments,
         });
-        match made {
+        match created {
             Ok((process, first)) => {
                 inner.timeline.end(begun);
                 Ok(Self {
@@ -345,7 +347,7 @@ impl Container {
     pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
         let process = oci::process::with_privileges_of(&self.first, config, &self.accounts()?)?;
         let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
-        self.launch(&format!("exec-{number}"), &process, &config.stdio.into())
+        self.launch_exec(&format!("exec-{number}"), &process, &config.stdio.into())
     }
 
     /// Runs another process in the container from the `process` of an OCI configuration, under a name that is unique in the
@@ -361,7 +363,7 @@ impl Container {
     ) -> Result<Process, Error> {
         let mut process = process.clone();
         oci::process::adapt(&mut process, &self.accounts()?)?;
-        self.launch(name, &process, &options.into())
+        self.launch_exec(name, &process, &options.into())
     }
 
     /// The user databases of its root and of volumes over it, as they are now.
@@ -375,7 +377,7 @@ impl Container {
         Ok(accounts.with(volumes.unwrap_or_default()))
     }
 
-    fn launch(
+    fn launch_exec(
         &self,
         exec: &str,
         process: &OciProcess,

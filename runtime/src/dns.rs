@@ -55,7 +55,7 @@ impl DnsForwarder {
     pub fn start(sandbox: &Sandbox, address: IpAddr) -> Result<Self, Error> {
         let (stream, agent) = sandbox.name_server(address)?;
         let started = || -> io::Result<Self> {
-            let others = Others::listen()?;
+            let others = OtherServers::listen()?;
             let until = stream.try_clone()?;
             threads::spawn("koya-names", move || {
                 if let Err(error) = serve_others(&others, &until, &agent) {
@@ -133,12 +133,12 @@ impl Drop for Place {
 }
 
 /// Sockets for queries to other name servers.
-struct Others {
+struct OtherServers {
     datagrams: Arc<UdpSocket>,
     connections: TcpListener,
 }
 
-impl Others {
+impl OtherServers {
     /// Listens at all addresses, which become the namespace's own.
     fn listen() -> io::Result<Self> {
         own_all_addresses()?;
@@ -155,7 +155,7 @@ impl Others {
 }
 
 /// Forwards queries to other name servers until the stream ends.
-fn serve_others(others: &Others, until: &UnixStream, agent: &Agent) -> io::Result<()> {
+fn serve_others(others: &OtherServers, until: &UnixStream, agent: &Agent) -> io::Result<()> {
     let (asked, clients) = (Arc::default(), Arc::default());
     loop {
         let mut polled = [
@@ -467,10 +467,10 @@ mod tests {
         let answers = std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             crate::network::test_namespace::set_up(Ipv4Addr::new(192, 0, 2, 3), 24).unwrap();
-            let Others {
+            let OtherServers {
                 datagrams: others,
                 connections,
-            } = Others::listen().unwrap();
+            } = OtherServers::listen().unwrap();
             let client = TcpStream::connect(("198.51.100.2", PORT));
             answer_one(client.unwrap(), &connections);
             // On the network of the interface, and elsewhere.

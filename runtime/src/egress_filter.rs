@@ -30,11 +30,11 @@ const ETH_P_IPV6: u16 = 0x86dd;
 /// # Errors
 /// The error from the kernel.
 pub fn host_addresses() -> Result<Vec<IpNet>, Error> {
-    let found = on_this_thread(|handle| Box::pin(look(handle)));
+    let found = on_this_thread(|handle| Box::pin(read_addresses(handle)));
     found.map_err(Error::host("read the host's addresses"))
 }
 
-async fn look(handle: Handle) -> io::Result<Vec<IpNet>> {
+async fn read_addresses(handle: Handle) -> io::Result<Vec<IpNet>> {
     let mut all = Vec::new();
     let mut addresses = handle.address().get().execute();
     while let Some(message) = addresses.try_next().await.map_err(other)? {

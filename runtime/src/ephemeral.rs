@@ -76,7 +76,8 @@ pub(crate) fn volume_for_source(source: &Path, number: u32) -> Option<EphemeralV
     })
 }
 
-/// Its file system, the kubelet's mount point, and the path within it.
+/// The kubelet's in-memory volume that contains `source`: its device (`MAJOR:MINOR`), its mount point, and the path of
+/// `source` in it.
 pub(crate) fn find(table: &str, source: &Path) -> Option<(String, PathBuf, PathBuf)> {
     let mounts: Vec<Mount> = table.lines().filter_map(Mount::parse).collect();
     // The deepest mount counts, and of several at one path the last.

@@ -111,7 +111,7 @@ pub use size::Size;
 pub use small_file::read_small_file;
 pub use stats::{ContainerStats, CpuStats, DeviceIo, HugePageUse};
 pub use timeline::{Step, Timeline, TimelineFile};
-pub use units::parse_size;
+pub use units::{parse_size, unit_shift};
 pub use unpacked::prepare_image_root;
 
 /// The README's snippets, compiled.

@@ -85,7 +85,7 @@ impl Iterator for Notifications {
     }
 }
 
-/// Time of the host's monotonic clock in microseconds.
+/// The host's CLOCK_MONOTONIC in microseconds.
 fn monotonic_usec() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000

@@ -95,12 +95,13 @@ pub(crate) struct Inner {
     pub(crate) handle: VmHandle,
     /// Ends killed containers.
     pub(crate) terminator: Arc<Terminator>,
+    /// Held while CPUs are turned on or off.
     cpus: Mutex<()>,
     // Ends the agent's connection when the sandbox is dropped.
     _connection: Connection,
     /// Given back when the sandbox stops.
     pub(crate) takeover: Mutex<Option<Takeover>>,
-    /// Those that were requested.
+    /// The sysctls that the configuration requests.
     pub(crate) sysctls: std::collections::BTreeMap<String, String>,
     pub(crate) timeline: Arc<Recorder>,
     /// Disks shared by containers, by path and mode.
@@ -410,6 +411,7 @@ impl Sandbox {
 
     /// Waits for the next container with processes killed by the guest's OOM killer: returns its name and the number killed
     /// so far. Each event is delivered to one caller.
+    ///
     /// # Errors
     /// The reason why the virtual machine ended, if it did.
     pub fn next_oom(&self) -> Result<(String, u64), Error> {
@@ -433,9 +435,7 @@ impl Sandbox {
     pub fn stop(&self) -> ExitReason {
         self.inner.stop()
     }
-}
 
-impl Sandbox {
     /// Tears the machine down at once, as if powered off.
     pub fn kill(&self) {
         self.inner.handle.stop();
@@ -455,7 +455,8 @@ impl Drop for Sandbox {
 impl Inner {
     fn stop(&self) -> ExitReason {
         self.timeline.keep();
-        drop(self.takeover.lock().map(|mut takeover| takeover.take()));
+        let takeover = lock(&self.takeover).take();
+        drop(takeover);
         if self.handle.ended().is_none() && self.agent.destroy().is_ok() {
             let mut work = DiskWork::new(all_disks(&self.handle));
             let began = Instant::now();

@@ -62,7 +62,7 @@ const HASHES: u64 = 3;
 const SLOWER_MIB: u64 = 64 << 10;
 
 impl OwnMemory {
-    /// That of the kernel of this architecture.
+    /// The memory that the guest kernel of this architecture keeps.
     fn here() -> &'static Self {
         match std::env::consts::ARCH {
             "aarch64" => &AARCH64,

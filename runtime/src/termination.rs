@@ -72,10 +72,10 @@ impl Termination {
     /// Calls `wait`, which waits for the guest's report.
     pub(crate) fn follow<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        let word = wait();
+        let report = wait();
         self.end();
         self.waiting.fetch_sub(1, Ordering::SeqCst);
-        word
+        report
     }
 }
 
@@ -134,9 +134,10 @@ impl Terminator {
         let threads_error = || Error::host("start a thread");
         if !termination.killed.swap(true, Ordering::SeqCst) {
             let unwatched = termination.clone();
-            let (ends, termination, id) =
+            let (terminator, termination, id) =
                 (self.clone(), Arc::downgrade(termination), id.to_owned());
-            let watched = threads::spawn("koya-overdue", move || ends.watch(&termination, &id));
+            let watched =
+                threads::spawn("koya-overdue", move || terminator.watch(&termination, &id));
             watched.map_err(|error| {
                 // Lets the next call try again.
                 unwatched.killed.store(false, Ordering::SeqCst);
@@ -144,9 +145,9 @@ impl Terminator {
             })?;
         }
         let (sender, answer) = sync_channel(1);
-        let (ends, id) = (self.clone(), id.to_owned());
+        let (terminator, id) = (self.clone(), id.to_owned());
         let asked = threads::spawn("koya-kill", move || {
-            sender.send(ends.ask_for_kill(&id, all)).ok();
+            sender.send(terminator.ask_for_kill(&id, all)).ok();
         });
         asked.map_err(threads_error())?;
         // Without a reply, the host still enforces it.
@@ -172,7 +173,7 @@ impl Terminator {
         Ok(())
     }
 
-    /// The marks of containers that have not ended.
+    /// The containers that have not ended.
     fn live(&self) -> Vec<Arc<Termination>> {
         let containers = lock(&self.containers);
         let containers = containers.iter().filter_map(Weak::upgrade);

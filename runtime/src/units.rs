@@ -11,3 +11,15 @@ pub fn parse_size(text: &str) -> Option<(u64, String)> {
     let unit = unit.trim_end_matches("ib").trim_end_matches('b');
     Some((number.parse().ok()?, unit.to_owned()))
 }
+
+/// The binary logarithm of the bytes in a unit of [`parse_size`]; `None` if there is no such unit.
+pub fn unit_shift(unit: &str) -> Option<u32> {
+    Some(match unit {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return None,
+    })
+}

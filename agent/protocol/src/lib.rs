@@ -21,6 +21,8 @@ pub use generated::agent as messages;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 pub use refusal::{ErrorReason, refused};
 
+use std::path::Path;
+
 /// The host's port for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
 /// The host's port for standard streams.
@@ -68,6 +70,13 @@ pub fn is_id(id: &str) -> bool {
     !id.is_empty() && id.len() <= MAX_ID && id.chars().all(valid) && id != "." && id != ".."
 }
 
+/// Whether the device node at this path in `/dev` is a terminal, such as `/dev/ttyS0`. `/dev/tty` is none: it stands for the
+/// terminal of the process that opens it.
+pub fn is_terminal(node: &Path) -> bool {
+    let name = node.to_str().and_then(|path| path.strip_prefix("/dev/tty"));
+    name.is_some_and(|rest| !rest.is_empty())
+}
+
 /// Path in the guest of a container's root that is a file system image.
 pub fn image_root(container: &str) -> String {
     format!("/run/koya/images/{container}/root")
@@ -87,5 +96,12 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "a b", "\u{e4}", "a\n", &too_long] {
             assert!(!is_id(bad), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn terminals_are_known_by_their_nodes() {
+        let is = |path: &str| is_terminal(Path::new(path));
+        assert!(is("/dev/ttyS0") && is("/dev/tty1"));
+        assert!(!is("/dev/tty") && !is("/dev/null"));
     }
 }

@@ -135,8 +135,7 @@ impl Rootfs {
     /// # Errors
     /// As for [`find`](Self::find).
     pub fn resolve(&self, path: &Path) -> Result<PathBuf> {
-        let name =
-            |fd: &OwnedFd| readlinkat(CWD, format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new());
+        let name = |fd: &OwnedFd| readlinkat(CWD, path_of(fd), Vec::new());
         let (found, root) = (name(&self.find(path)?)?, name(&self.0)?);
         let root = Path::new(OsStr::from_bytes(root.as_bytes()));
         let found = Path::new(OsStr::from_bytes(found.as_bytes()));
@@ -231,6 +230,12 @@ impl Rootfs {
     }
 }
 
+/// A path by which this process can open the file of a descriptor again, or mount from it or on it, while the descriptor is
+/// open.
+pub fn path_of(file: &OwnedFd) -> PathBuf {
+    Path::new("/proc/self/fd").join(file.as_raw_fd().to_string())
+}
+
 /// The first `limit` bytes of a file that was [found](Rootfs::find); `None` if it is not a regular file. Opening other kinds
 /// could block, or have effects on a device.
 ///
@@ -240,7 +245,7 @@ pub fn read(found: &OwnedFd, limit: u64) -> io::Result<Option<Vec<u8>>> {
     if FileType::from_raw_mode(fstat(found)?.st_mode) != FileType::RegularFile {
         return Ok(None);
     }
-    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+    let file = File::open(path_of(found))?;
     let mut content = Vec::new();
     file.take(limit).read_to_end(&mut content)?;
     Ok(Some(content))
@@ -251,9 +256,8 @@ pub fn read(found: &OwnedFd, limit: u64) -> io::Result<Option<Vec<u8>>> {
 /// # Errors
 /// The error from mount(2).
 pub fn make_read_only(mount: &OwnedFd) -> Result<()> {
-    let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
     let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(mount)?);
-    mount_remount(path, flags, "")
+    mount_remount(path_of(mount), flags, "")
 }
 
 /// The current flags of a mount, which a remount would clear if they were not repeated.

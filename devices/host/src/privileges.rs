@@ -4,12 +4,12 @@
 //! `no_new_privs` are per thread, and threads inherit them. Libraries must leave it to the program. Threads that serve the
 //! guest keep less than that ([`walls`]).
 
+use crate::security_modules::is_confined_by_apparmor;
 use crate::walls;
 use rustix::io::Errno;
 use rustix::thread::{
     CapabilitySet, capabilities, remove_capability_from_bounding_set, set_no_new_privs,
 };
-use std::fs;
 use std::io;
 
 /// A program that holds a sandbox.
@@ -157,36 +157,12 @@ fn reduce_bounding_set(kept: CapabilitySet) -> io::Result<()> {
     Ok(())
 }
 
-/// Contains `Y` if the kernel enforces profiles.
-const APPARMOR: &str = "/sys/module/apparmor/parameters/enabled";
-/// The profile of this process; the second file is that of kernels before 5.8.
-const PROFILES: [&str; 2] = [
-    "/proc/self/attr/apparmor/current",
-    "/proc/self/attr/current",
-];
-
-fn is_confined_by_apparmor() -> bool {
-    let enabled = fs::read_to_string(APPARMOR);
-    if !enabled.is_ok_and(|text| text.trim() == "Y") {
-        return false;
-    }
-    let profile = PROFILES
-        .iter()
-        .find_map(|file| fs::read_to_string(file).ok());
-    profile.is_some_and(|profile| confines(&profile))
-}
-
-/// Whether this profile, as the kernel writes it, confines a process. Profiles with the flag `unconfined` do not.
-fn confines(profile: &str) -> bool {
-    let profile = profile.trim_end_matches(['\n', '\0']);
-    !profile.is_empty() && profile != "unconfined" && !profile.ends_with("(unconfined)")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::walls::Filter;
     use std::collections::BTreeMap;
+    use std::fs;
     use std::process::Command;
     use std::thread;
 
@@ -282,18 +258,5 @@ mod tests {
             }
         }
         assert_eq!(own(), before, "other threads are not affected");
-    }
-
-    #[test]
-    fn a_profile_confines_unless_it_says_that_it_does_not() {
-        for confined in [
-            "docker-default (enforce)\n",
-            "snap.docker.dockerd (complain)",
-        ] {
-            assert!(confines(confined), "{confined}");
-        }
-        for free in ["unconfined\n", "", "runc (unconfined)\n", "unconfined\0"] {
-            assert!(!confines(free), "{free}");
-        }
     }
 }

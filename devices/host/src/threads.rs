@@ -23,7 +23,7 @@ const _: () = assert!(STACK < 2 << 20, "as large as a huge page");
 /// The signals that reach a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Signals {
-    /// Those of the creating thread.
+    /// The same as for the creating thread.
     Inherited,
     /// None: handlers run on threads of the process's owner.
     Blocked,

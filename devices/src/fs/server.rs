@@ -484,15 +484,20 @@ mod tests {
     use crate::fs::shares::Shares;
     use crate::test_utils::{Buffer, Driver};
 
-    /// The reply of `server` to a request, after its header.
-    fn ask(server: &Server, opcode: u32, nodeid: u64, body: &[&[u8]]) -> Vec<u8> {
+    /// A request in the form in which a guest makes it.
+    pub(super) fn request(opcode: u32, nodeid: u64, body: &[&[u8]]) -> Vec<u8> {
         let header = InHeader {
             opcode,
             nodeid,
             ..InHeader::default()
         };
-        let request = [&[header.as_bytes()], body].concat().concat();
+        [&[header.as_bytes()], body].concat().concat()
+    }
+
+    /// The reply of `server` to a request, after its header.
+    fn ask(server: &Server, opcode: u32, nodeid: u64, body: &[&[u8]]) -> Vec<u8> {
         let mut driver = Driver::new(8);
+        let request = request(opcode, nodeid, body);
         let head = driver.offer(&[Buffer::Readable(request), Buffer::Writable(256)]);
         let chain = driver.queue().pop().unwrap().unwrap();
         let len = server.serve(&chain, driver.memory()).unwrap();

@@ -8,10 +8,9 @@
 //!   process listens on it, the connection is refused.
 
 use super::Ports;
+use koya_host::sockets::listen_privately;
 use koya_host::threads::{self, Role};
 use koya_host::walls::Filter;
-use rustix::fs::{Mode, fchmod};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -36,9 +35,6 @@ const MAX_LINE: usize = 19;
 
 /// Maximum number of clients that have not sent their request; further ones wait to be accepted.
 const MAX_CLIENTS: usize = 64;
-
-/// Maximum number of clients that wait to be accepted, as of std's listeners.
-const BACKLOG: i32 = 128;
 
 /// The sockets of one guest. Dropping this closes `PATH` and removes it.
 pub struct UnixSockets {
@@ -129,9 +125,10 @@ fn check_directory(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Creates a socket at `path`; replaces one left behind by a killed process.
+/// Creates a socket at `path`, a private one, since a client gets a stream to any port of the guest; replaces one left behind
+/// by a killed process.
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    match bind_new(path) {
+    match listen_privately(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let is_socket = path.symlink_metadata()?.file_type().is_socket();
             let is_left = UnixStream::connect(path)
@@ -140,23 +137,10 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
                 return Err(error);
             }
             std::fs::remove_file(path)?;
-            bind_new(path)
+            listen_privately(path)
         }
         bound => bound,
     }
-}
-
-/// Creates a socket at `path` that only this user may connect to, whatever the umask is: a client gets a stream to any port of
-/// the guest.
-fn bind_new(path: &Path) -> io::Result<UnixListener> {
-    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
-    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
-    // The file gets the socket's mode (and the umask) when it is created: there is no time at which others may connect, as
-    // there would be with chmod(2), which could also follow a link put in its place.
-    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket.into())
 }
 
 fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {

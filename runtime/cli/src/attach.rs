@@ -2,6 +2,7 @@
 
 use super::output::complain;
 use koya::Process;
+use koya::vmm::host::sync::lock;
 use koya::vmm::host::threads::spawn;
 use koya_tasks::BlockingStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -269,9 +270,7 @@ impl RawTerminal {
         let before = tcgetattr(&stdin)?;
         let mut raw = before.clone();
         raw.make_raw();
-        *SAVED
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(before);
+        *lock(&SAVED) = Some(before);
         let previous = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             restore();

@@ -44,7 +44,7 @@ struct Finding {
 }
 
 pub(super) fn main(args: &CheckArgs) -> Outcome {
-    let findings = look();
+    let findings = run_checks();
     let well = findings.iter().all(|f| f.well);
     if args.json {
         let all: Vec<_> = findings
@@ -64,71 +64,61 @@ pub(super) fn main(args: &CheckArgs) -> Outcome {
     Ok(u8::from(!well))
 }
 
-fn look() -> Vec<Finding> {
-    let mut findings = Vec::new();
-    match kvm::open() {
-        Ok(kvm) => findings.push(Finding {
-            what: "kvm",
-            well: true,
-            text: format!(
-                "{} is there, API 12, with all that is needed{}",
-                kvm::DEVICE,
-                kvm::host_features(&kvm).map_or(String::new(), |what| format!("; {what}"))
-            ),
-        }),
-        Err(error) => {
-            findings.push(Finding {
-                what: "kvm",
-                well: false,
-                text: error.to_string(),
-            });
-            return findings;
-        }
+impl Finding {
+    fn of(what: &'static str, checked: Result<String, String>) -> Self {
+        let (well, text) = match checked {
+            Ok(text) => (true, text),
+            Err(text) => (false, text),
+        };
+        Self { what, well, text }
     }
-    findings.push(match fastest(measure) {
-        Ok(rate) if rate >= SLOWEST => Finding {
-            what: "guest",
-            well: true,
-            text: format!("a tiny guest ran {} instructions a second", millions(rate)),
-        },
-        Ok(rate) => Finding {
-            what: "guest",
-            well: false,
-            text: format!(
-                "a tiny guest ran only {} instructions a second: this KVM emulates guest kernels \
-                 in software. Use a machine with hardware virtualization, or \
-                 `cargo xtask rig` for an emulated one",
-                millions(rate)
-            ),
-        },
-        Err(text) => Finding {
-            what: "guest",
-            well: false,
-            text,
-        },
-    });
-    findings.push(match koya::files::Files::find(None, None) {
-        Ok(files) => Finding {
-            what: "files",
-            well: true,
-            text: format!(
-                "kernel {}{}, agent {}",
-                files.kernel.display(),
-                match koya::files::Files::full_kernel() {
-                    Ok(full) => format!(" and {}", full.display()),
-                    Err(_) => String::new(),
-                },
-                files.initramfs.display()
-            ),
-        },
-        Err(error) => Finding {
-            what: "files",
-            well: false,
-            text: error.to_string(),
-        },
-    });
-    findings.push(programs());
-    findings
+}
+
+/// Checks everything that a sandbox needs; without KVM, nothing else.
+fn run_checks() -> Vec<Finding> {
+    let kvm = Finding::of("kvm", check_kvm());
+    if !kvm.well {
+        return vec![kvm];
+    }
+    vec![
+        kvm,
+        Finding::of("guest", check_speed()),
+        Finding::of("files", check_files()),
+        programs(),
+    ]
+}
+
+fn check_kvm() -> Result<String, String> {
+    let kvm = kvm::open().map_err(|error| error.to_string())?;
+    let features = kvm::host_features(&kvm).map_or(String::new(), |what| format!("; {what}"));
+    Ok(format!(
+        "{} is there, API 12, with all that is needed{features}",
+        kvm::DEVICE
+    ))
+}
+
+/// Checks that KVM runs a guest, and fast enough for Linux.
+fn check_speed() -> Result<String, String> {
+    let rate = fastest(measure)?;
+    let shown = millions(rate);
+    match rate >= SLOWEST {
+        true => Ok(format!("a tiny guest ran {shown} instructions a second")),
+        false => Err(format!(
+            "a tiny guest ran only {shown} instructions a second: this KVM emulates guest kernels in software. Use a machine \
+             with hardware virtualization, or `cargo xtask rig` for an emulated one"
+        )),
+    }
+}
+
+fn check_files() -> Result<String, String> {
+    let files = koya::files::Files::find(None, None).map_err(|error| error.to_string())?;
+    let full = koya::files::Files::full_kernel();
+    let full = full.map_or(String::new(), |full| format!(" and {}", full.display()));
+    Ok(format!(
+        "kernel {}{full}, agent {}",
+        files.kernel.display(),
+        files.initramfs.display()
+    ))
 }
 
 /// One of Koya's other programs, by the name that engines use.

@@ -3,11 +3,12 @@
 //! When `log` is full, it replaces `log.old`. Records are written whole, and those that are written at once go to one file.
 
 use super::log_records::{Moment, Stream, append};
+use koya::vmm::host::sync::lock;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Maximum size of each of the two files in bytes.
 const MAX_FILE: u64 = 16 << 20;
@@ -52,7 +53,7 @@ impl LogWriter {
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.0);
         if state.size > 0 && state.size + bytes.len() as u64 > state.limit {
             let moved = std::fs::rename(&state.path, old(&state.path));
             if let Ok(file) = moved.and_then(|()| open(&state.path)) {

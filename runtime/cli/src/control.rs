@@ -11,6 +11,7 @@ use super::stats::Stats;
 use super::variables::merge_env;
 use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
+use koya::vmm::host::sync::lock;
 use koya::vmm::host::threads;
 use koya::{Container, Process, ProcessConfig, Sandbox, Size, Stdio, User};
 use koya_tasks::{send_signal, terminate};
@@ -19,7 +20,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// Time for which the console is still shown after the end of the input.
@@ -104,7 +105,7 @@ impl Execs {
     }
 
     fn count(&self) -> MutexGuard<'_, usize> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.0)
     }
 }
 

@@ -7,10 +7,11 @@ use super::output::say;
 use super::parse::parse_disk;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use koya::vmm::host::sync::lock;
 use koya::{Container, Disk, DiskConfig, Sandbox};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 #[derive(Args)]
 pub(super) struct DiskArgs {
@@ -99,7 +100,7 @@ impl Disks {
         container: &Container,
         sandbox: &Sandbox,
     ) -> Result<Option<PathBuf>> {
-        let mut disks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disks = lock(&self.0);
         match request {
             DiskRequest::Attach(config) => {
                 let disk = sandbox.attach_disk(config)?;

@@ -1,5 +1,6 @@
 //! Parsers for arguments: disks, volumes, limits, signals, sizes.
 
+use koya::vmm::host::security_modules::has_selinux;
 use koya::{Cache, DiskConfig, GuestDevice, Rlimit, Tmpfs, Volume};
 use koya_tasks::signal::{LAST, by_name};
 use std::path::{Path, PathBuf};
@@ -49,11 +50,6 @@ pub(super) fn parse_volume(text: &str) -> Result<Volume, String> {
         }
     }
     Ok(volume)
-}
-
-/// Whether this host has SELinux, enforcing or not.
-fn has_selinux() -> bool {
-    Path::new("/sys/fs/selinux/enforce").exists()
 }
 
 /// `DST[:OPTIONS]`; the options are validated later.
@@ -199,14 +195,7 @@ pub(super) fn parse_sysctl(text: &str) -> Result<(String, String), String> {
 pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size");
     let (number, unit) = koya::parse_size(text.trim()).ok_or_else(wrong)?;
-    let shift = match unit.as_str() {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(wrong()),
-    };
+    let shift = koya::unit_shift(&unit).ok_or_else(wrong)?;
     let bytes = number.checked_mul(1 << shift);
     bytes.ok_or_else(|| format!("{text:?} is too large"))
 }

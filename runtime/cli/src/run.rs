@@ -22,6 +22,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use koya::image::{Defaults, Image, Options};
 use koya::vmm::host::privileges::{Program, limit_privileges};
+use koya::vmm::host::sync::lock;
 use koya::vmm::host::threads;
 use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, GuestDevice, ProcessConfig, Profile,
@@ -33,7 +34,7 @@ use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Number of interrupts after which the sandbox is stopped without asking the container.
@@ -116,7 +117,7 @@ pub(super) struct RunArgs {
     security_opt: Vec<Security>,
     /// Do not confine the threads on the host that run the guest and serve its devices; by default each has a seccomp
     /// filter, no capabilities except those for serving files, and, if started by root, no access to files that are not
-    /// shared. All other threads keep all capabilities of the caller, too
+    /// shared. The other threads then keep all capabilities of the caller, too
     #[arg(long)]
     no_seccomp: bool,
     /// Do not share CPU cores with other processes (core scheduling): their hyperthreads run threads of this container or
@@ -448,8 +449,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     };
     let pumps = Pumps::start(streams, user)?;
     let container = Arc::new(container);
-    *running.lock().unwrap_or_else(PoisonError::into_inner) =
-        Some((container.clone(), sandbox.clone()));
+    *lock(&running) = Some((container.clone(), sandbox.clone()));
     // A terminal that has just been opened gets its size while the container starts, and nobody was there to be told.
     if let Stdio::Terminal { rows, columns, .. } = config.process.stdio
         && let Some(size) = terminal_size()
@@ -484,10 +484,7 @@ fn forward_signals(mut signals: Signals, running: Running, directory: Directory)
     threads::spawn("koya-signals", move || {
         let mut asked = 0;
         for signal in signals.forever() {
-            let target = running
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone();
+            let target = lock(&running).clone();
             let Some((container, sandbox)) = target else {
                 if matches!(signal, SIGINT | SIGTERM | SIGHUP | SIGQUIT) {
                     // The machine ends with the process; everything else is in the directory.

@@ -11,20 +11,23 @@ use crate::log_records::Stream;
 use crate::removal::remove_tree;
 use anyhow::{Context, Result, bail};
 use koya::confinement::{self, VIOLATION_STATUS};
+use koya::vmm::host::sockets::{listen_privately, with_short_path};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io::Write as _;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Exit status of a container whose process was killed.
 pub(super) const KILLED: i32 = 128 + libc::SIGKILL;
+
+/// The socket for commands, in a container's directory.
+const CONTROL_SOCKET: &str = "control.sock";
 
 /// Prefix of directories that are being created or removed, which is not valid in container names.
 const UNFINISHED: &str = ".new-";
@@ -70,18 +73,7 @@ pub(super) fn root() -> Result<PathBuf> {
 
 /// Checks that no other user owns it or has access: it contains control sockets and set-user-ID files.
 fn check_private(path: &Path) -> Result<()> {
-    let data =
-        fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let own = data.uid() == rustix::process::geteuid().as_raw();
-    if !own || !data.is_dir() || data.mode() & 0o077 != 0 {
-        bail!(
-            "{} must be a directory of this user's with mode 0700; it has owner {} and mode {:04o}",
-            path.display(),
-            data.uid(),
-            data.mode() & 0o7777
-        );
-    }
-    Ok(())
+    Ok(koya::directories::check_own(path, 0o077)?)
 }
 
 /// Checks that a name is a single path component.
@@ -172,16 +164,12 @@ impl Directory {
             .with_context(|| format!("cannot listen in {}", self.0.display()))
     }
 
-    /// Calls `act` with a short path: that of the directory may exceed the limit of socket addresses.
+    /// Calls `act` with a path to the control socket that is short enough for a socket's address.
     pub(super) fn socket<T>(
         &self,
         act: impl FnOnce(&Path) -> std::io::Result<T>,
     ) -> std::io::Result<T> {
-        let directory = File::open(&self.0)?;
-        act(Path::new(&format!(
-            "/proc/self/fd/{}/control.sock",
-            directory.as_raw_fd()
-        )))
+        with_short_path(&self.path(CONTROL_SOCKET), act)
     }
 
     pub(super) fn read(&self) -> Result<Record> {
@@ -221,7 +209,7 @@ impl Directory {
 
     /// Whether its container ran: the control socket is created immediately before its start.
     fn has_run(&self) -> bool {
-        self.path("control.sock").exists()
+        self.path(CONTROL_SOCKET).exists()
     }
 
     /// Whether the host went down, for example by a power failure, before the record was on disk: it is missing or
@@ -360,13 +348,6 @@ fn entries() -> Result<Vec<PathBuf>> {
 fn is_unfinished(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default();
     name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
-}
-
-/// Listens on a socket that only this user may connect to, also where the directory is opened to others.
-fn listen_privately(path: &Path) -> std::io::Result<UnixListener> {
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 /// Reserves the given name, or a generated one, and creates its directory with the record returned by `record`.

@@ -185,11 +185,6 @@ fn copy(from: &mut impl Read, to: &mut impl Write) {
     }
 }
 
-/// Sets the name shown by ps(1), since the process was started through `/proc/self/exe`.
-pub(crate) fn name_process() {
-    rustix::thread::set_name(c"koya-runtime").ok();
-}
-
 pub(crate) fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     koya::vmm::host::threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())

@@ -42,7 +42,7 @@ pub(crate) fn create(
     }
     let console = args.console_socket.as_deref().map(console::connect);
     wanted.console = console.transpose()?;
-    make(root, globals, args, wanted, given)?;
+    create_container(root, globals, args, wanted, given)?;
     Ok(0)
 }
 
@@ -65,7 +65,7 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &Preser
     let console = wanted.is_own_terminal.then_some(ours);
     // Before any thread exists, so that no thread takes a signal for the container.
     let signals = life::Forwarded::catch()?;
-    let mut child = make(root, globals, &args.create, wanted, given)?;
+    let mut child = create_container(root, globals, &args.create, wanted, given)?;
     let ran = attend(root, args, &mut child, signals, console);
     if ran.is_err() || !args.keep {
         life::delete_by_force(root, &args.create.id)?;
@@ -166,7 +166,7 @@ impl CreateParams {
 }
 
 /// Creates a container. The long-lived process is a child of this one until this one ends.
-fn make(
+fn create_container(
     root: &Root,
     globals: &Globals,
     args: &CreateArgs,
@@ -205,12 +205,13 @@ fn make(
     let is_unused = group.as_deref().map_or(Ok(()), cgroup::check_unused);
     let launched = is_unused
         .map_err(anyhow::Error::from)
-        .and_then(|()| launch(&boot, &spec, console, given, manager));
+        .and_then(|()| start_process(&boot, &spec, console, given, manager));
     // A container whose poststop hooks are due if it is not created.
     let mut due = None;
     let made = launched.and_then(|(mut child, stream)| {
         let told = pidfd.map_or(Ok(()), |receiver| receiver.send(child.id()));
-        let finished = told.and_then(|()| finish(&boot, args, spec, child.id(), &stream, &mut due));
+        let finished =
+            told.and_then(|()| finish_creation(&boot, args, spec, child.id(), &stream, &mut due));
         if finished.is_err() {
             child.kill().ok();
             child.wait().ok();
@@ -231,7 +232,7 @@ fn make(
 }
 
 /// Starts the long-lived process, and sends it the request.
-fn launch(
+fn start_process(
     boot: &Boot,
     spec: &Spec,
     console: Option<UnixStream>,
@@ -282,7 +283,7 @@ const OF_CREATION: [Kind; 3] = [Kind::Prestart, Kind::CreateRuntime, Kind::Creat
 
 /// Makes the process create the container, between running hooks and storing the state. `due` is set before the first hook is
 /// run.
-fn finish(
+fn finish_creation(
     boot: &Boot,
     args: &CreateArgs,
     spec: Spec,
@@ -399,7 +400,7 @@ mod tests {
         send(&theirs, &Response::Done, &[]).unwrap();
         send(&theirs, &Response::Failed("no machine".into()), &[]).unwrap();
         let mut due = None;
-        let finished = finish(&boot, args, spec, std::process::id(), &ours, &mut due);
+        let finished = finish_creation(&boot, args, spec, std::process::id(), &ours, &mut due);
         (finished.unwrap_err().to_string(), due.is_some())
     }
 

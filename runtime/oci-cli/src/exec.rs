@@ -11,7 +11,7 @@ use crate::pidfd::Receiver;
 use crate::preserved::{Count, PreservedFds};
 use crate::signal::PASSED;
 use crate::state::{Container, Root, Status, Stored};
-use crate::{Outcome, capabilities, source};
+use crate::{Outcome, capabilities, long_lived, source};
 use anyhow::{Context, Result, bail};
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{Spec, environment, give_up_privileges};
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -342,11 +342,7 @@ fn detach(
 
 /// The main function of a process that represents an exec process.
 pub(crate) fn stub() -> Outcome {
-    console::name_process();
-    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::process::setsid().context("internal command, run only by koya-runtime itself")?;
+    let stream = long_lived::detach()?;
     let mut wire = Wire::new(stream.try_clone()?);
     give_up_privileges(false)?;
     let Some((stubbed, fds)) = wire.receive::<StubRequest>()? else {

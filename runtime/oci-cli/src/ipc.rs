@@ -48,7 +48,7 @@ pub(crate) struct ContainerRequest {
 /// A container that joins the virtual machine. Its streams are attached.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Create {
-    /// That of its state, where its overlays are mounted.
+    /// The directory of its state, where its overlays are mounted.
     #[serde(default)]
     pub(crate) directory: PathBuf,
     pub(crate) bundle: PathBuf,

@@ -15,6 +15,7 @@ mod ipc;
 mod life;
 mod list;
 mod logging;
+mod long_lived;
 mod member;
 mod notifier;
 mod notify;

@@ -4,13 +4,14 @@
 use crate::ipc::Response;
 use crate::notify::is_ready;
 use anyhow::{Context, Result};
+use koya::vmm::host::sync::lock;
 use koya_tasks::NotifySocket;
 use koya_tasks::wire::send;
 use std::collections::HashMap;
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 /// Time limit for a command to receive a message.
@@ -34,13 +35,9 @@ struct Target {
 pub(crate) struct Notifier(Mutex<Target>);
 
 impl Notifier {
-    fn lock(&self) -> MutexGuard<'_, Target> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Sends a message. May block for a while.
     fn tell(&self, message: &str) {
-        let mut target = self.lock();
+        let mut target = lock(&self.0);
         let notified = Response::Notified(message.to_owned());
         if let Some(mut follower) = target.follower.take()
             && send(&follower.stream, &notified, &[]).is_ok()
@@ -61,15 +58,11 @@ impl Notifier {
     }
 }
 
-/// Those of all containers of a process.
+/// The notifiers of all containers of a process.
 #[derive(Default)]
 pub(crate) struct Notifiers(Mutex<HashMap<String, Weak<Notifier>>>);
 
 impl Notifiers {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Weak<Notifier>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The socket of a container with this path in it, if it has one. The last descriptor received is the manager's.
     ///
     /// # Errors
@@ -90,7 +83,7 @@ impl Notifiers {
             is_warned: false,
         })));
         // The container owns it: a command that follows is disconnected with its end.
-        self.lock().insert(id.to_owned(), Arc::downgrade(&notifier));
+        lock(&self.0).insert(id.to_owned(), Arc::downgrade(&notifier));
         Ok(Some(NotifySocket {
             path: path.to_owned(),
             receiver: Arc::new(move |message| notifier.tell(message)),
@@ -108,13 +101,13 @@ impl Notifiers {
         until_ready: bool,
         mut fds: Vec<OwnedFd>,
     ) -> Result<()> {
-        let found = self.lock().get(id).and_then(Weak::upgrade);
+        let found = lock(&self.0).get(id).and_then(Weak::upgrade);
         let notifier = found.with_context(|| format!("{id} has no socket for notifications"))?;
         let manager = fds.pop().context("no service manager was received")?;
         let stream = stream.try_clone()?;
         stream.set_write_timeout(Some(SEND_LIMIT))?;
         stream.set_read_timeout(Some(READY_LIMIT))?;
-        let mut target = notifier.lock();
+        let mut target = lock(&notifier.0);
         target.manager = manager.into();
         target.is_warned = false;
         target.follower = Some(Follower {

@@ -6,12 +6,12 @@ use crate::console::{send_descriptor, spawn};
 use crate::ipc::{Request, Response, receive_response};
 use crate::state::Container;
 use anyhow::{Context, Result, bail};
+use koya::vmm::host::sockets::with_short_path;
 use koya_tasks::Spec;
 use koya_tasks::wire::{Wire, send};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags, open};
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -23,8 +23,6 @@ use std::time::Duration;
 pub(crate) const VARIABLE: &str = "NOTIFY_SOCKET";
 /// Where a container finds its socket, as with runc.
 const PLACE: &str = "/run/notify/notify.sock";
-/// Maximum length of the path of a socket: unix(7).
-const MAX_PATH: usize = 107;
 /// Time limit for a service manager to receive a message.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// Time limit for it to process the messages sent so far, as with runc and crun.
@@ -38,7 +36,7 @@ const BARRIER_LIMIT: Timespec = Timespec {
 pub(crate) struct Manager(UnixDatagram);
 
 impl Manager {
-    /// That of the variable. A missing one is only a warning.
+    /// The manager that the variable names, if it is set. That it can't be reached is only a warning.
     pub(crate) fn of_caller() -> Option<Self> {
         let name = std::env::var_os(VARIABLE).filter(|name| !name.is_empty())?;
         Self::or_warn(&name)
@@ -60,18 +58,8 @@ impl Manager {
             [b'@', name @ ..] => {
                 socket.connect_addr(&SocketAddr::from_abstract_name(name)?)?;
             }
-            [b'/', ..] if name.len() <= MAX_PATH => socket.connect(name)?,
-            [b'/', ..] => {
-                // podman's are longer than an address may be.
-                let (directory, file) = Path::new(name)
-                    .parent()
-                    .zip(Path::new(name).file_name())
-                    .context("it is no file")?;
-                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                let directory = open(directory, flags, Mode::empty())?;
-                let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string());
-                socket.connect(short.join(file))?;
-            }
+            // podman's are longer than an address may be.
+            [b'/', ..] => with_short_path(Path::new(name), |path| socket.connect(path))?,
             _ => bail!("it is neither a path nor a name that begins with @"),
         }
         Ok(Self(socket))
@@ -111,7 +99,8 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
-    /// That of the caller, or else one that the configuration mounts, as podman does. `None` if there is neither.
+    /// A socket for the caller's manager, or else for one whose socket the configuration mounts, as with podman. `None` if
+    /// there is neither.
     pub(crate) fn of(spec: &Spec, bundle: &Path) -> Option<Self> {
         if let Some(manager) = Manager::of_caller() {
             let path = PLACE.to_owned();

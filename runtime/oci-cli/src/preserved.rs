@@ -20,12 +20,12 @@ const FIRST: usize = 3;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Count {
     pub(crate) all: usize,
-    /// Those of socket activation.
+    /// How many of them are for socket activation.
     activated: usize,
 }
 
 impl Count {
-    /// Those that a command line asks for.
+    /// The number that a command line asks for.
     fn of(command: &Command, variable: impl Fn(&str) -> Option<String>) -> Self {
         let wanted = match command {
             Command::Create(args) => args.preserve_fds,

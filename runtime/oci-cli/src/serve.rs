@@ -11,9 +11,10 @@ use crate::preserved::{self, Count};
 use crate::signal::PASSED;
 use crate::source::Source;
 use crate::state::{self, Status};
-use crate::{Outcome, events, member, oom};
+use crate::{Outcome, events, long_lived, member, oom};
 use anyhow::{Context, Result, anyhow, bail};
 use koya::Settings;
+use koya::vmm::host::sync::lock;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{
     CreateTask, Event, EventSink, ExecTask, Exit, Overlay, PidHolder, Spec, StdioConfig,
@@ -24,8 +25,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 use std::collections::HashMap;
-use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,14 +55,10 @@ impl EventSink for TaskEvents {
             Event::Exited {
                 id, exec_id, exit, ..
             } if exec_id.is_empty() && id == self.id => {
-                if let Ok(sender) = self.end.lock() {
-                    sender.send(exit).ok();
-                }
+                lock(&self.end).send(exit).ok();
             }
             Event::OutOfMemory { id, .. } => {
-                if let Ok(mut ooms) = self.ooms.lock() {
-                    *ooms.entry(id).or_default() += 1;
-                }
+                *lock(&self.ooms).entry(id).or_default() += 1;
                 self.counted.notify_all();
             }
             _ => {}
@@ -72,15 +68,12 @@ impl EventSink for TaskEvents {
 
 impl TaskEvents {
     fn ooms(&self, id: &str) -> u64 {
-        let ooms = self.ooms.lock();
-        ooms.map_or(0, |ooms| ooms.get(id).copied().unwrap_or(0))
+        lock(&self.ooms).get(id).copied().unwrap_or(0)
     }
 
     /// Waits until a container has had more OOM events than `known`, no longer than [`LISTENS`].
     fn ooms_after(&self, id: &str, known: u64) -> u64 {
-        let Ok(ooms) = self.ooms.lock() else {
-            return known;
-        };
+        let ooms = lock(&self.ooms);
         let waited = self.counted.wait_timeout_while(ooms, LISTENS, |ooms| {
             ooms.get(id).copied().unwrap_or(0) <= known
         });
@@ -94,7 +87,7 @@ pub(crate) struct ServerState {
     /// The container that this process represents; others may have joined its virtual machine.
     id: String,
     pub(crate) tasks: Arc<TaskSet>,
-    told: Arc<TaskEvents>,
+    task_events: Arc<TaskEvents>,
     terminal: Option<OwnedFd>,
     pub(crate) notifiers: Notifiers,
     next_exec: AtomicU64,
@@ -103,18 +96,14 @@ pub(crate) struct ServerState {
 impl ServerState {
     /// Creates these files if a container that has ended had an OOM kill.
     pub(crate) fn show_oom(&self, id: &str, files: &[PathBuf]) {
-        if self.told.ooms(id) > 0 {
+        if self.task_events.ooms(id) > 0 {
             oom::create(files);
         }
     }
 }
 
 pub(crate) fn serve() -> Outcome {
-    console::name_process();
-    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::process::setsid().context("internal command, run only by koya-runtime itself")?;
+    let stream = long_lived::detach()?;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((boot, fds)) = wire.receive::<Boot>()? else {
         bail!("no request was received");
@@ -213,14 +202,14 @@ fn run(
         state: Some(boot.directory.clone()),
         ..TaskSetConfig::default()
     };
-    let told = Arc::new(TaskEvents {
+    let task_events = Arc::new(TaskEvents {
         id: boot.id.clone(),
         end: sender.into(),
         ooms: Mutex::default(),
         counted: Condvar::new(),
     });
     let settings = Settings::load()?;
-    let tasks = TaskSet::new(config, told.clone());
+    let tasks = TaskSet::new(config, task_events.clone());
     let listener = state::listen(&boot.directory)?;
     let watched = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;
     pass_signals(&boot.id, &tasks, watched)?;
@@ -241,7 +230,7 @@ fn run(
     let served = Arc::new(ServerState {
         id: boot.id.clone(),
         tasks: tasks.clone(),
-        told,
+        task_events,
         terminal,
         notifiers,
         next_exec: AtomicU64::new(0),
@@ -397,7 +386,7 @@ fn carry_out(stream: &UnixStream, served: &Arc<ServerState>) -> Result<Response>
             tasks.update(id, &resources)?;
         }
         Request::Stats => return Ok(Response::Stats(events::data(&tasks.stats(id)?))),
-        Request::Ooms => return stream_oom_events(stream, &served.told, id),
+        Request::Ooms => return stream_oom_events(stream, &served.task_events, id),
         Request::Notify { until_ready } => {
             served.notifiers.follow(id, stream, until_ready, fds)?;
         }
@@ -427,10 +416,10 @@ fn carry_out(stream: &UnixStream, served: &Arc<ServerState>) -> Result<Response>
 }
 
 /// Reports the OOM events of a container until the client disconnects.
-fn stream_oom_events(stream: &UnixStream, told: &TaskEvents, id: &str) -> Result<Response> {
-    let mut known = told.ooms(id);
+fn stream_oom_events(stream: &UnixStream, events: &TaskEvents, id: &str) -> Result<Response> {
+    let mut known = events.ooms(id);
     loop {
-        let ooms = told.ooms_after(id, known);
+        let ooms = events.ooms_after(id, known);
         for _ in known..ooms {
             send(stream, &Response::Oom, &[])?;
         }

@@ -6,8 +6,9 @@
 
 use crate::cli::Globals;
 use crate::ipc::{ContainerRequest, Request, Response, send_request};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
+use koya::vmm::host::sockets::{listen_privately, with_short_path};
 use koya_tasks::hooks::HookContext;
 use koya_tasks::{UserMappings, is_in_user_namespace, user_name};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
@@ -16,8 +17,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -227,19 +228,8 @@ pub(crate) fn check_id(id: &str) -> Result<()> {
 /// Checks that no other user has made this directory, or can replace what is in it: where several users may write to the
 /// directory of all containers, another one can guess the name of the next.
 fn check_own(directory: &Path) -> Result<()> {
-    let data = fs::symlink_metadata(directory)
-        .with_context(|| format!("cannot read {}", directory.display()))?;
-    let own = data.uid() == rustix::process::geteuid().as_raw();
-    if !own || !data.is_dir() || data.mode() & 0o022 != 0 {
-        bail!(
-            "{} must be a directory that only this user may write to; it has owner {} and mode {:04o}: remove it, or choose \
-             another --root",
-            directory.display(),
-            data.uid(),
-            data.mode() & 0o7777
-        );
-    }
-    Ok(())
+    koya::directories::check_own(directory, 0o022)
+        .map_err(|error| anyhow!("{error}: remove it, or choose another --root"))
 }
 
 /// A lock on a container's directory.
@@ -388,26 +378,15 @@ pub(crate) fn store(directory: &Path, stored: &Stored) -> Result<()> {
     replace(&directory.join(STATE), &serde_json::to_vec(stored)?)
 }
 
-/// A path to the socket that is short enough for a socket address, valid while the descriptor is open.
-fn short_path(directory: &Path) -> Result<(OwnedFd, PathBuf)> {
-    let opened = open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .with_context(|| format!("cannot open {}", directory.display()))?;
-    let path = format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd());
-    Ok((opened, path.into()))
-}
-
 pub(crate) fn listen(directory: &Path) -> Result<UnixListener> {
-    let (_open, path) = short_path(directory)?;
-    let cannot = || format!("cannot listen in {}", directory.display());
-    let listener = UnixListener::bind(&path).with_context(cannot)?;
-    // Only for this user, also where the directory is opened to others.
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).with_context(cannot)?;
-    Ok(listener)
+    with_short_path(&directory.join(SOCKET), listen_privately)
+        .with_context(|| format!("cannot listen in {}", directory.display()))
 }
 
 fn connect(directory: &Path) -> Result<UnixStream> {
-    let (_open, path) = short_path(directory)?;
-    UnixStream::connect(path).context("the container's process does not answer")
+    let socket = directory.join(SOCKET);
+    with_short_path(&socket, |path| UnixStream::connect(path))
+        .context("the container's process does not answer")
 }
 
 /// Makes connections to a container reach the process of another one, which owns its virtual machine.
@@ -437,6 +416,7 @@ pub(crate) fn stop_listening(directory: &Path) {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn users_have_their_own_directory_also_as_root_of_their_namespace() {

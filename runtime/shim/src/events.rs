@@ -4,12 +4,13 @@ use anyhow::{Context, Result};
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_sync::{Client, EventsClient};
+use koya::vmm::host::sync::lock;
 use koya::vmm::host::threads;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageFull};
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use ttrpc::context::with_duration;
 
@@ -72,8 +73,7 @@ impl Events {
         let name = E::descriptor().full_name().to_owned();
         match any(&name, event) {
             Ok(event) => {
-                let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(queue) = &*queue {
+                if let Some(queue) = &*lock(&self.queue) {
                     queue.send((topic.into(), event)).ok();
                 }
             }
@@ -83,13 +83,8 @@ impl Events {
 
     /// Waits until all events have been sent, up to `limit`.
     pub(crate) fn finish(&self, limit: Duration) {
-        drop(
-            self.queue
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
-        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(lock(&self.queue).take());
+        let sent = lock(&self.sent);
         sent.recv_timeout(limit).ok();
     }
 }

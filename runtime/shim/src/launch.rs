@@ -4,12 +4,14 @@ use crate::flags::Flags;
 use crate::selinux;
 use anyhow::{Context, Result, bail};
 use koya::Settings;
+use koya::vmm::host::security_modules::has_selinux;
+use koya::vmm::host::sockets::listen_privately;
 use koya_tasks::hooks::Kind;
 use koya_tasks::{Role, Spec, environment_for};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -74,7 +76,7 @@ fn launch(flags: &Flags, bundle: &Path, socket: &Path, spec: &Spec) -> Result<()
 /// Sets the SELinux label of the long-lived process, if the host has SELinux and the host's settings enable it.
 fn label_process(label: Option<&str>) -> Result<()> {
     match label {
-        Some(label) if selinux::is_enabled() && Settings::load()?.selinux => {
+        Some(label) if has_selinux() && Settings::load()?.selinux => {
             selinux::label_next_exec(label)
         }
         _ => Ok(()),
@@ -87,19 +89,17 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>> {
         .recursive(true)
         .mode(0o700)
         .create(SOCKETS)?;
-    let bind = || UnixListener::bind(socket);
-    let listener = match bind() {
+    let listener = match listen_privately(socket) {
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
             if UnixStream::connect(socket).is_ok() {
                 return Ok(None);
             }
             fs::remove_file(socket)?;
-            bind()
+            listen_privately(socket)
         }
         other => other,
     };
     let listener = listener.with_context(|| format!("cannot listen on {}", socket.display()))?;
-    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))?;
     Ok(Some(listener))
 }
 

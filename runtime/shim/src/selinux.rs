@@ -4,8 +4,6 @@ use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
 
-/// Exists if the kernel has an SELinux policy, enforcing or permissive.
-const ENFORCE: &str = "/sys/fs/selinux/enforce";
 /// The label for the next execve(2) of this thread and its children (proc_pid_attr(5)).
 const NEXT_EXEC: &str = "/proc/thread-self/attr/exec";
 /// Configuration with the name of the policy, and directory of policies.
@@ -13,11 +11,6 @@ const CONFIG: &str = "/etc/selinux/config";
 const POLICIES: &str = "/etc/selinux";
 /// File of a policy with the types for containers, and for virtual machines that act as containers.
 const CONTEXTS: &str = "contexts/lxc_contexts";
-
-/// Whether the host has SELinux.
-pub(crate) fn is_enabled() -> bool {
-    Path::new(ENFORCE).exists()
-}
 
 /// Sets the label for the next execve(2).
 ///

@@ -69,7 +69,7 @@ impl Routing {
         self.routes.is_empty() && self.rules.is_empty()
     }
 
-    /// Those of `old` that are not among these, and whose interfaces still exist: the guest kernel removes others itself.
+    /// The routes of `old` that are not among these, and whose interfaces still exist: the guest kernel removes others itself.
     fn removed(&self, old: &Self) -> Vec<RouteMessage> {
         let mut indices = HashMap::new();
         for (name, index) in old.interfaces.iter().zip(1..) {

@@ -39,7 +39,7 @@ pub enum SharedPidNamespace {
     Unknown,
     /// The one shared by the sandbox's containers.
     Sandbox,
-    /// That of this container.
+    /// The one of the container with this ID.
     Container(String),
 }
 

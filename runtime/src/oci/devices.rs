@@ -1,6 +1,7 @@
 //! Device nodes and device rules: disks of the host, and the guest's own devices.
 
 use crate::Error;
+use koya_protocol::is_terminal;
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType};
 use rustix::fs::FileType;
 use std::fs;
@@ -111,13 +112,6 @@ pub(super) struct Adapted {
     pub(super) omits_terminals: bool,
 }
 
-/// Whether it is a terminal by itself: `/dev/tty` is that of the calling process.
-fn is_terminal(device: &oci::LinuxDevice) -> bool {
-    let path = device.path().to_str();
-    let name = path.and_then(|path| path.strip_prefix("/dev/tty"));
-    name.is_some_and(|rest| !rest.is_empty())
-}
-
 /// Whether the host has no device with the number of this one. Without sysfs it counts as having all.
 fn is_nowhere(device: &oci::LinuxDevice) -> bool {
     let all = match device.typ() {
@@ -147,8 +141,9 @@ pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapte
     let mut namespaces = linux.namespaces().iter().flatten();
     let has_users = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User);
     let mut devices = Vec::new();
+    let mut listed = linux.devices().iter().flatten();
     let mut adapted = Adapted {
-        omits_terminals: !linux.devices().iter().flatten().any(is_terminal),
+        omits_terminals: !listed.any(|device| is_terminal(device.path())),
         ..Adapted::default()
     };
     for device in linux.devices().iter().flatten().map(in_the_root) {

@@ -234,7 +234,7 @@ impl TaskSet {
         }
         // Interfaces may still be added to a new network namespace before the start.
         if task.spec.network() != Network::New {
-            self.make(task)?;
+            self.create_in_guest(task)?;
         } else if !task.is_member() {
             // Limits that the host refuses are errors of the creation.
             task.limit_on_host()?;
@@ -290,7 +290,7 @@ impl TaskSet {
 
     /// Creates the container in the guest; its init process waits to be started, and its end is not awaited yet
     /// ([`spawn_exit_watcher`](Self::spawn_exit_watcher)).
-    pub(crate) fn make(
+    fn create_in_guest(
         self: &Arc<Self>,
         task: &Arc<Task>,
     ) -> Result<Arc<dyn GuestContainer>, Error> {
@@ -348,7 +348,7 @@ impl TaskSet {
         if let Some(container) = task.container() {
             return Ok(container);
         }
-        let container = self.make(task)?;
+        let container = self.create_in_guest(task)?;
         self.spawn_exit_watcher(task)?;
         self.set_pending_limits(task, &*container)?;
         Ok(container)

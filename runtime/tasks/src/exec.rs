@@ -12,7 +12,7 @@ use crate::sync::spawn;
 use koya::oci_spec::runtime as oci;
 use koya::{ErrorKind, ExecOptions};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Time between the moment when the guest takes no more processes for a container that was killed, and the report of its end.
 const ENDING: Duration = Duration::from_secs(1);
@@ -83,7 +83,7 @@ impl TaskSet {
         let (process, relay) = match self.launch(task, &exec) {
             Ok(launched) => launched,
             Err(error) => {
-                let error = unless_ended(task, error);
+                let error = self.unless_ended(task, error);
                 // Waiting clients get this status with the reply.
                 if exec.process.ended(Exit::now(failed_status(&error)), || ()) {
                     self.notify();
@@ -142,23 +142,21 @@ impl TaskSet {
         let relay = exec.process.take_io().connect(streams)?;
         Ok((process, Arc::new(relay)))
     }
-}
 
-/// The error for a process that could not be added: if the container has ended meanwhile, that is the reason.
-fn unless_ended(task: &Task, error: Error) -> Error {
-    let Error::Failed(cause) = &error else {
-        return error;
-    };
-    let kind = cause.downcast_ref().map(koya::Error::kind);
-    if !matches!(kind, Some(ErrorKind::GuestEnded | ErrorKind::NoProcess)) {
-        return error;
-    }
-    let started = Instant::now();
-    while task.init.status() != Status::Stopped {
-        if started.elapsed() > ENDING {
+    /// The error for a process that could not be added: if the container has ended meanwhile, that is the reason. The guest
+    /// says that it has, or is gone, before the end is known here.
+    fn unless_ended(&self, task: &Task, error: Error) -> Error {
+        let Error::Failed(cause) = &error else {
+            return error;
+        };
+        let kind = cause.downcast_ref().map(koya::Error::kind);
+        if !matches!(kind, Some(ErrorKind::GuestEnded | ErrorKind::NoProcess)) {
             return error;
         }
-        std::thread::sleep(Duration::from_millis(10));
+        let has_ended = || task.init.status() == Status::Stopped;
+        match self.wait_for(ENDING, |_| has_ended().then_some(())) {
+            Some(()) => Error::FailedPrecondition("cannot exec in a stopped container".into()),
+            None => error,
+        }
     }
-    Error::FailedPrecondition("cannot exec in a stopped container".into())
 }

@@ -55,7 +55,7 @@ fn serve(requests: Receiver<Work>) {
 /// In a process that has not given them up, it runs here.
 ///
 /// # Errors
-/// That of the work, or if the host has no thread for it.
+/// The error of the work, or if the host has no thread for it.
 pub(crate) fn launch<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

@@ -12,7 +12,7 @@ const WITH_NODES: [&str; 4] = [
     "MPOL_PREFERRED_MANY",
     "MPOL_WEIGHTED_INTERLEAVE",
 ];
-/// It may have nodes.
+/// This mode may have nodes, or none.
 const PREFERRED: &str = "MPOL_PREFERRED";
 const FLAGS: [&str; 3] = [
     "MPOL_F_NUMA_BALANCING",

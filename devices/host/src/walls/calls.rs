@@ -47,7 +47,7 @@ const FILES: u8 = Filter::Files.bit();
 const STARTER: u8 = Filter::Starter.bit();
 /// Roles whose threads create threads with other filters.
 const CREATORS: u8 = STARTER | SOCKETS;
-/// These, and the file system's, whose first thread creates others that inherit its filter.
+/// Roles whose threads create threads: also the file system's, whose first one creates others that inherit its filter.
 const PARENTS: u8 = CREATORS | FILES;
 const ALL: u8 = VCPU | LOOP | BLOCK | NET | SOCKETS | CONNECTOR | FILES | STARTER;
 

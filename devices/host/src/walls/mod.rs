@@ -164,7 +164,7 @@ pub(crate) fn confines() -> bool {
 #[derive(Debug)]
 pub struct ConfineNewThreads {
     before: bool,
-    /// It belongs to the thread.
+    /// Keeps it on its thread: it is not `Send`.
     _thread: std::marker::PhantomData<*const ()>,
 }
 

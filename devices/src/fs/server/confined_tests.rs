@@ -1,5 +1,6 @@
 //! Every operation on a thread with the filter of `koya-fs`: a system call that the filter lacks would end this process.
 
+use super::tests::request;
 use super::*;
 use crate::fs::passthrough::Options;
 use crate::fs::shares::Shares;
@@ -43,13 +44,8 @@ impl Confined {
     /// The error number and the body of a reply.
     fn try_ask(&mut self, opcode: u32, nodeid: u64, body: &[&[u8]]) -> (i32, Vec<u8>) {
         self.asked.insert(opcode);
-        let header = InHeader {
-            opcode,
-            nodeid,
-            ..InHeader::default()
-        };
-        let request = [&[header.as_bytes()], body].concat().concat();
         let mut driver = Driver::new(8);
+        let request = request(opcode, nodeid, body);
         let head = driver.offer(&[Buffer::Readable(request), Buffer::Writable(8192)]);
         let chain = driver.queue().pop().unwrap().unwrap();
         self.requests
