@@ -41,14 +41,14 @@ pub(crate) struct BatsArgs {
     /// Use the existing build of koya
     #[arg(long)]
     no_build: bool,
-    /// Run only tests whose name matches (crun's: those of these names), of the named files; results of whole files
+    /// Run only tests whose name matches (crun's and youki's: those of these names), of the named files; results of whole files
     /// are not replaced
     #[arg(long, value_name = "REGEX", requires = "files")]
     filter: Option<String>,
     /// Set the CPUs of the rig. With more than one, guests in an emulated host may hang
     #[arg(long, default_value_t = 1)]
     cpus: u32,
-    /// Run only these files, without `.bats`, or `test_` and `.py`
+    /// Run only these files, without `.bats`, or `test_` and `.py`; of youki's, groups
     files: Vec<String>,
 }
 

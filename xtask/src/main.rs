@@ -10,6 +10,7 @@ mod bats;
 mod bench;
 mod build;
 mod cache;
+mod contest;
 mod crun_tests;
 mod deb;
 mod deb_try;
@@ -63,6 +64,8 @@ enum Command {
     RuncTests(bats::BatsArgs),
     /// Run crun's own tests with koya-runtime in its place
     CrunTests(crun_tests::CrunTestsArgs),
+    /// Run youki's tests of OCI runtimes (contest) with koya-runtime
+    Contest(contest::ContestArgs),
     /// Run podman's own system tests with koya-runtime
     PodmanTests(podman_tests::PodmanTestsArgs),
     /// Run the fuzz targets; their inputs are kept for the next run
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Test(args) => suite::run(&args).map(|()| 0),
         Command::RuncTests(args) => runc_tests::run(&args).map(|()| 0),
         Command::CrunTests(args) => crun_tests::run(&args).map(|()| 0),
+        Command::Contest(args) => contest::run(&args).map(|()| 0),
         Command::PodmanTests(args) => podman_tests::run(&args).map(|()| 0),
         Command::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Command::Bench(args) => bench::run(&args).map(|()| 0),
