@@ -2,6 +2,7 @@
 //! function here is safe to call; each `unsafe` block states why.
 
 mod inherited;
+pub(crate) mod landlock;
 mod redirect;
 #[cfg(test)]
 mod traitor_ground;
