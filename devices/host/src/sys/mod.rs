@@ -7,6 +7,8 @@ mod redirect;
 #[cfg(test)]
 mod traitor_ground;
 #[cfg(test)]
+mod traitor_landlock_tests;
+#[cfg(test)]
 mod traitor_tests;
 mod violation;
 
