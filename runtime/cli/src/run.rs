@@ -431,6 +431,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         false => UserStreams::own(args.interactive)?,
     };
     let mut sandbox = args.sandbox()?;
+    sandbox.places = Some(config.places());
     sandbox.timeline = Some(TimelineFile {
         id: record.name.clone(),
         began: Some(began),

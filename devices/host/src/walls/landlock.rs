@@ -71,10 +71,10 @@ pub fn abi() -> Option<i32> {
     *ABI.get_or_init(|| calls::landlock_abi().ok())
 }
 
-/// Whether threads can be limited to [places](Place), if the process does not have the privileges for a root directory of
-/// their own.
+/// Whether threads that serve files can be limited to [places](Place): with a later version than the first, in a process
+/// without the privilege for a root directory of their own. Such a root has none of the host's files anyway.
 pub fn has_places() -> bool {
-    abi().is_some_and(|abi| abi >= MOVES)
+    abi().is_some_and(|abi| abi >= MOVES) && !descriptors::may_have_root()
 }
 
 /// The operations that a version knows, as far as they are to be denied.
@@ -175,9 +175,7 @@ impl Rules {
             return Ok(Self::default());
         };
         let files = match places {
-            Some(places) if has_places() && !descriptors::may_have_root() => {
-                Some(Arc::new(Ruleset::places(abi, places)?))
-            }
+            Some(places) if has_places() => Some(Arc::new(Ruleset::places(abi, places)?)),
             _ => None,
         };
         Ok(Self {
