@@ -5,7 +5,7 @@
 //! | [`process`] | settings at the start of a program |
 //! | [`privileges`] | the capabilities that a program keeps while its sandbox runs |
 //! | [`threads`] | starts threads by [role](threads::Role) |
-//! | [`walls`] | confines threads: seccomp filters and capabilities by role |
+//! | [`walls`] | confines threads: seccomp filters, capabilities and Landlock by role |
 //! | [`descriptors`] | reopens descriptors, by `/proc/self/fd` |
 //! | [`limited`] | log messages whose number a guest determines |
 //! | [`sync`] | locks |
