@@ -127,7 +127,11 @@ impl Ruleset {
                 let file = openat(CWD, &place.path, flags, Mode::empty())?;
                 let kind = FileType::from_raw_mode(fstat(&file)?.st_mode);
                 let allowed = allowed(handled, kind == FileType::Directory, place.read_only);
-                calls::allow_beneath(fd.as_fd(), file.as_fd(), allowed)
+                match calls::allow_beneath(fd.as_fd(), file.as_fd(), allowed) {
+                    // A file that no path leads to, such as a memfd in /proc: the kernel allows it without a rule.
+                    Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Ok(()),
+                    added => added,
+                }
             };
             add().map_err(|error| {
                 let text = format!("no rule of Landlock for {}: {error}", place.path.display());
@@ -191,7 +195,12 @@ impl Rules {
 }
 
 thread_local! {
-    static RULES: RefCell<Rules> = RefCell::default();
+    static RULES: RefCell<Rules> = const {
+        RefCell::new(Rules {
+            files: None,
+            others: None,
+        })
+    };
     static OWN: RefCell<Option<Noted>> = const { RefCell::new(None) };
 }
 
