@@ -95,9 +95,9 @@ fn has(needed: CapabilitySet) -> bool {
     capabilities(None).is_ok_and(|own| own.effective.contains(needed))
 }
 
-/// Whether this thread has the privilege that a root directory of its own takes in any case.
+/// Whether this thread has the privileges for a root directory of its own. The host may refuse it all the same.
 pub(crate) fn may_have_root() -> bool {
-    has(ENTERS)
+    has(ENTERS | MOUNTS)
 }
 
 /// Whether the capabilities of this process are those over the host. In a user namespace of its own a process has all of

@@ -72,7 +72,7 @@ pub fn abi() -> Option<i32> {
 }
 
 /// Whether threads that serve files can be limited to [places](Place): with a later version than the first, in a process
-/// without the privilege for a root directory of their own. Such a root has none of the host's files anyway.
+/// without the privileges for a root directory of their own. Such a root has none of the host's files anyway.
 pub fn has_places() -> bool {
     abi().is_some_and(|abi| abi >= MOVES) && !descriptors::may_have_root()
 }
