@@ -177,6 +177,26 @@ mod tests {
     }
 
     #[test]
+    fn the_places_of_a_container_are_its_root_and_volumes() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "text").unwrap();
+        let mut config = ContainerConfig::new(dir.path(), ["sh"]);
+        config.read_only = true;
+        config.volumes = vec![Volume::new(&file, "/a"), Volume::new("/dev/null", "/b")];
+        let places = config.places();
+        let shown = places
+            .iter()
+            .map(|place| (place.path.as_path(), place.read_only));
+        let wanted = [(dir.path(), true), (file.as_path(), false)];
+        assert_eq!(shown.collect::<Vec<_>>(), wanted);
+        // A disk, which no thread opens by its path.
+        config.rootfs = file;
+        config.volumes.clear();
+        assert!(config.places().is_empty());
+    }
+
+    #[test]
     fn a_root_is_a_raw_image_with_a_file_system() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");

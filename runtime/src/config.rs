@@ -3,6 +3,7 @@
 use crate::network::NetworkConfig;
 use crate::timeline::TimelineFile;
 use crate::{Cache, Error};
+use koya_vmm::host::walls::landlock::Place;
 use koya_vmm::{DiskConfig, HugePages, MemoryBacking};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -57,6 +58,11 @@ pub struct SandboxConfig {
     /// Whether the threads that run the guest and serve its devices are confined: seccomp filters, and no
     /// capabilities except those for serving files ([`koya_vmm::VmBuilder::confined`]). Default: true.
     pub confined: bool,
+    /// All files of the host that containers may share, if they are known now
+    /// ([`ContainerConfig::places`](crate::ContainerConfig::places)); others are refused. A process without the privileges to
+    /// give the threads that serve them a root directory of their own limits these threads to them
+    /// ([`koya_vmm::VmBuilder::places`]). Default: any.
+    pub places: Option<Vec<Place>>,
     /// The guest kernel. Default: searched ([`Files::find`](crate::files::Files::find)).
     pub kernel: Option<PathBuf>,
     /// The agent's initramfs. Default: searched, like the kernel.
@@ -90,6 +96,7 @@ impl Default for SandboxConfig {
                 .into(),
             apparmor_profile: None,
             confined: true,
+            places: None,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),

@@ -4,6 +4,7 @@
 use crate::read_small_file;
 use koya_vmm::guest_text::sanitize_line;
 use koya_vmm::host::security_modules::has_selinux;
+use koya_vmm::host::walls::landlock::{self, Opens};
 use koya_vmm::host::walls::{Filter, check_host};
 use koya_vmm::host::{descriptors, sys};
 use rustix::fs::{OFlags, statfs};
@@ -75,9 +76,26 @@ pub fn expected() -> Value {
             "capabilities": names,
             "no_new_privileges": true,
             "root": if has_own_root && filter.has_own_root() { "own" } else { "host" },
+            "landlock": expected_opens(filter, has_own_root).map(opens),
         })
     });
     Value::from(expected.to_vec())
+}
+
+/// What Landlock would permit threads with this filter to open, if all places that containers share are known at the start.
+fn expected_opens(filter: Filter, has_own_root: bool) -> Option<Opens> {
+    match filter.is_of_starter() {
+        true if has_own_root || !landlock::has_places() => None,
+        true => Some(Opens::Places),
+        false => landlock::abi().map(|_| Opens::Nothing),
+    }
+}
+
+fn opens(what: Opens) -> &'static str {
+    match what {
+        Opens::Nothing => "no files",
+        Opens::Places => "shared files",
+    }
 }
 
 /// The name of the threads with this filter.
@@ -141,13 +159,18 @@ fn thread(task: &Path, host: &Metadata, has_selinux: bool) -> Option<Value> {
         let text = text.trim_end_matches(['\n', '\0']).to_owned();
         (!text.is_empty()).then_some(text)
     };
+    let id = field("Pid")?.parse::<u32>().ok()?;
+    // The last one is that of the thread's own pid namespace.
+    let own_id = field("NSpid").and_then(|ids| ids.split_whitespace().next_back()?.parse().ok());
     Some(json!({
         "role": field("Name")?,
-        "id": field("Pid")?.parse::<u32>().ok()?,
+        "id": id,
         "seccomp": seccomp,
         "capabilities": field("CapEff")?,
         "no_new_privileges": field("NoNewPrivs") == Some("1"),
         "root": root_of(&task.join("root"), host)?,
+        // Not reported by the kernel.
+        "landlock": landlock::opens(own_id.unwrap_or(id)).map(opens),
         "apparmor": label("apparmor/current"),
         "selinux": has_selinux.then(|| label("current")).flatten(),
     }))
@@ -207,6 +230,8 @@ mod tests {
         assert_eq!(found["no_new_privileges"], true);
         assert_eq!(found["capabilities"], "0000000000000000");
         assert_eq!(found["root"], "host");
+        let wanted = landlock::abi().map(|_| "no files");
+        assert_eq!(found["landlock"], json!(wanted));
         assert!(threads.iter().any(|one| one["id"] == std::process::id()));
         // A second sandbox of this directory replaces it.
         record(dir.path(), false).unwrap();
@@ -225,6 +250,8 @@ mod tests {
         let vcpu = all.iter().find(|one| one["role"] == "koya-vcpu").unwrap();
         assert_eq!(vcpu["capabilities"], json!([]));
         assert_eq!(vcpu["root"], "host");
+        let wanted = landlock::abi().map(|_| "no files");
+        assert_eq!(vcpu["landlock"], json!(wanted));
     }
 
     #[test]

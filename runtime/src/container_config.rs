@@ -2,6 +2,7 @@
 
 use crate::block_volume::BlockVolume;
 use crate::seccomp::Seccomp;
+use koya_vmm::host::walls::landlock::Place;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -308,5 +309,21 @@ impl ContainerConfig {
             },
             ..Self::default()
         }
+    }
+
+    /// The files of the host that it shares: its root, if that is a directory, and its volumes. For
+    /// [`SandboxConfig::places`](crate::SandboxConfig::places).
+    pub fn places(&self) -> Vec<Place> {
+        let place = |path: &Path, read_only| Place {
+            path: path.to_owned(),
+            read_only,
+        };
+        // An image is a disk, and a device is none of the host's files.
+        let root = self.rootfs.is_dir();
+        let root = root.then(|| place(&self.rootfs, self.read_only));
+        let volumes = self.volumes.iter();
+        let volumes = volumes.filter(|one| one.source.is_dir() || one.source.is_file());
+        let volumes = volumes.map(|one| place(&one.source, one.read_only));
+        root.into_iter().chain(volumes).collect()
     }
 }

@@ -92,6 +92,7 @@ pub use koya_protocol::{cpus, hook, is_id};
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::host::process::{enable_core_scheduling, prepare_process};
+pub use koya_vmm::host::walls::landlock::Place;
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use net_devices::{NetDevice, move_net_devices};

@@ -189,7 +189,7 @@ impl Sandbox {
             }
             None => None,
         };
-        let shares = Shares::default();
+        let shares = Shares::within(config.places.clone());
         let options = Options {
             cache: config.cache,
             max_nodes: config.max_nodes(),
@@ -206,7 +206,8 @@ impl Sandbox {
             .device(Vsock::new(FIRST_GUEST_CID, ports))
             .device(fs)
             .console(console.clone())
-            .confined(config.confined);
+            .confined(config.confined)
+            .places(config.places.clone());
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
         timeline.set_boot_events(vm.handle().boot_events());
         let running = timeline.next(Lane::Kernel, "kernel");

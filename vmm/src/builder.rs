@@ -17,6 +17,7 @@ use koya_devices::serial::SerialPort;
 use koya_devices::virtio::mmio::MmioTransport;
 use koya_devices::virtio::registers::RegisterPages;
 use koya_devices::virtio::{Memory, VirtioDevice};
+use koya_host::walls::landlock::Place;
 use koya_host::walls::{self, ConfineNewThreads};
 use kvm_ioctls::Kvm;
 use std::io::{self, Write};
@@ -77,6 +78,7 @@ pub struct VmBuilder {
     devices: Vec<Box<dyn VirtioDevice>>,
     console: Box<dyn Write + Send>,
     confined: bool,
+    places: Option<Vec<Place>>,
 }
 
 /// A machine whose vCPU threads have not been started.
@@ -100,6 +102,7 @@ impl VmBuilder {
             devices: Vec::new(),
             console: Box::new(io::sink()),
             confined: true,
+            places: None,
         }
     }
 
@@ -131,6 +134,15 @@ impl VmBuilder {
     #[must_use]
     pub fn confined(mut self, on: bool) -> Self {
         self.confined = on;
+        self
+    }
+
+    /// Sets the files of the host that virtio-fs devices share, if they are all known now. Where confined threads that serve
+    /// files have no root directory of their own, since the process lacks the privileges, they may then open no other files
+    /// (Landlock, Linux 5.19). Give the same to [`Shares::within`](crate::devices::fs::Shares::within). Default: unknown.
+    #[must_use]
+    pub fn places(mut self, places: Option<Vec<Place>>) -> Self {
+        self.places = places;
         self
     }
 
@@ -182,7 +194,8 @@ impl VmBuilder {
     }
 
     fn confine_new_threads(&self) -> Result<ConfineNewThreads, StartError> {
-        walls::confine_new_threads(self.confined).map_err(host("confine the machine's threads"))
+        let confined = walls::confine_new_threads_to(self.confined, self.places.as_deref());
+        confined.map_err(host("confine the machine's threads"))
     }
 
     fn build(self) -> Result<Built, StartError> {

@@ -95,6 +95,11 @@ fn has(needed: CapabilitySet) -> bool {
     capabilities(None).is_ok_and(|own| own.effective.contains(needed))
 }
 
+/// Whether this thread has the privileges for a root directory of its own. The host may refuse it all the same.
+pub(crate) fn may_have_root() -> bool {
+    has(ENTERS | MOUNTS)
+}
+
 /// Whether the capabilities of this process are those over the host. In a user namespace of its own a process has all of
 /// them, but may not change the mounts of the host.
 fn is_in_first_user_namespace() -> bool {
@@ -201,14 +206,15 @@ impl Root {
     }
 
     /// [Enters](Self::enter) the root where the host permits it. Otherwise the thread is confined without one, and a process
-    /// with the privileges for it says so once.
+    /// with the privileges for it says so once. Returns whether it has one.
     ///
     /// # Errors
     /// The error from the kernel, if it is none of those of a host that does not permit it.
-    pub(crate) fn enter_if_possible() -> io::Result<()> {
+    pub(crate) fn enter_if_possible() -> io::Result<bool> {
         static SAID: Once = Once::new();
         match Self::enter() {
-            Ok(()) | Err(NoRoot::Unprivileged) => {}
+            Ok(()) => return Ok(true),
+            Err(NoRoot::Unprivileged) => {}
             Err(NoRoot::Failed(error)) => return Err(error),
             Err(why) => SAID.call_once(|| {
                 log::warn!(
@@ -217,7 +223,7 @@ impl Root {
                 );
             }),
         }
-        Ok(())
+        Ok(false)
     }
 }
 
@@ -314,7 +320,7 @@ mod tests {
                     inheritable: none,
                 };
                 set_capabilities(None, none).unwrap();
-                Root::enter_if_possible().unwrap();
+                assert!(!Root::enter_if_possible().unwrap() && !may_have_root());
                 Root::enter().unwrap_err()
             };
             scope.spawn(tried).join().unwrap()

@@ -6,7 +6,7 @@
 //! | [`privileges`] | the capabilities that a program keeps while its sandbox runs |
 //! | [`security_modules`] | AppArmor and SELinux on the host |
 //! | [`threads`] | starts threads by [role](threads::Role) |
-//! | [`walls`] | confines threads: seccomp filters and capabilities by role |
+//! | [`walls`] | confines threads: seccomp filters, capabilities and Landlock by role |
 //! | [`descriptors`] | reopens descriptors, by `/proc/self/fd` |
 //! | [`sockets`] | private Unix sockets, and long paths of sockets |
 //! | [`limited`] | log messages whose number a guest determines |

@@ -7,7 +7,7 @@
 
 use crate::descriptors::Root;
 use crate::sys;
-use crate::walls::{self, Filter};
+use crate::walls::{self, Filter, landlock};
 use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
@@ -86,9 +86,12 @@ impl Role {
 
     /// The state that a thread of this role inherits from the calling thread.
     fn passed_on(self) -> PassedOn {
+        let filter = self.filter.filter(|_| walls::confines());
+        let uses_names = filter.is_some_and(Filter::has_own_root);
         PassedOn {
-            filter: self.filter.filter(|_| walls::confines()),
+            filter,
             root: Root::own(),
+            landlock: landlock::PassedOn::new(filter.is_some(), uses_names),
         }
     }
 
@@ -103,8 +106,9 @@ impl Role {
         }
         CURRENT.set(Some(self));
         Root::pass_on(passed_on.root);
+        let ruleset = passed_on.landlock.arrive();
         if let Some(filter) = passed_on.filter
-            && let Err(error) = walls::confine(filter)
+            && let Err(error) = walls::confine(filter, ruleset.as_deref())
         {
             panic!("cannot confine a thread of {}: {error}", self.name);
         }
@@ -116,6 +120,7 @@ struct PassedOn {
     /// The filter that confines it.
     filter: Option<Filter>,
     root: Option<Root>,
+    landlock: landlock::PassedOn,
 }
 
 /// A role with a name and default properties.

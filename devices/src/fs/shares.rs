@@ -11,6 +11,7 @@ use super::inodes;
 use super::origin::Origin;
 use super::users::MappedUsers;
 use koya_host::sync::lock;
+use koya_host::walls::landlock::Place;
 use rustix::fs::{CWD, FileType, Mode, OFlags, StatVfsMountFlags, openat};
 use std::collections::BTreeMap;
 use std::io;
@@ -164,6 +165,8 @@ struct SharedRoot {
     entries: Mutex<BTreeMap<String, Arc<Share>>>,
     changes: AtomicU64,
     listeners: Mutex<Vec<Weak<dyn Listener>>>,
+    /// All files that can be shared; `None` for any.
+    places: Option<Vec<Place>>,
 }
 
 /// The entries of the synthetic root. Cheap to clone; all clones are the same root.
@@ -172,17 +175,24 @@ pub struct Shares(Arc<SharedRoot>);
 
 impl Default for Shares {
     fn default() -> Self {
-        Self(Arc::new(SharedRoot {
-            entries: Mutex::default(),
-            changes: AtomicU64::new(0),
-            listeners: Mutex::default(),
-        }))
+        Self::within(None)
     }
 }
 
 type Entries = BTreeMap<String, Arc<Share>>;
 
 impl Shares {
+    /// A root whose entries can only be files in these places, by their paths; `None` for any. Threads that serve the files may
+    /// be confined to the same places ([`Place`]), and could not open others.
+    pub fn within(places: Option<Vec<Place>>) -> Self {
+        Self(Arc::new(SharedRoot {
+            entries: Mutex::default(),
+            changes: AtomicU64::new(0),
+            listeners: Mutex::default(),
+            places,
+        }))
+    }
+
     /// Shares the host's `path` as `name`. The guest sees it at once.
     ///
     /// For owners that choose the names, and whose directories do not contain each other: a directory inside
@@ -204,7 +214,7 @@ impl Shares {
             read_only,
             ..ShareOptions::default()
         };
-        let (plain, options) = open_to_share(path.as_ref(), options)?;
+        let (plain, options) = self.open(path.as_ref(), options)?;
         let export = Export::new(plain, options, None)?;
         let share = Share::new(name, options, Arc::new(export), None).ok_or_else(removed_error)?;
         let mut entries = lock(&self.0.entries);
@@ -222,7 +232,7 @@ impl Shares {
     /// # Errors
     /// The error from the host.
     pub fn share(&self, path: impl AsRef<Path>, options: ShareOptions) -> io::Result<Shared> {
-        let (plain, options) = open_to_share(path.as_ref(), options)?;
+        let (plain, options) = self.open(path.as_ref(), options)?;
         let stat = inodes::stat(&plain)?;
         let is_directory = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
         let origin = is_directory.then(|| Origin::of(&plain, &stat)).flatten();
@@ -263,7 +273,7 @@ impl Shares {
         options: ShareOptions,
         users: MappedUsers,
     ) -> io::Result<Shared> {
-        let (plain, options) = open_to_share(path.as_ref(), options)?;
+        let (plain, options) = self.open(path.as_ref(), options)?;
         let export = Export::new(plain, options, None)?.with_users(users);
         let mut entries = lock(&self.0.entries);
         let name = free_name(&entries);
@@ -282,6 +292,21 @@ impl Shares {
         let entries = lock(&self.0.entries);
         let share = entries.get(name)?;
         Some(shared(&entries, share).path)
+    }
+
+    /// Opens a directory or file of the host, if it may be shared.
+    fn open(&self, path: &Path, options: ShareOptions) -> io::Result<(OwnedFd, ShareOptions)> {
+        let (plain, options) = open_to_share(path, options)?;
+        let permits = |place: &Place| {
+            path.starts_with(&place.path) && (options.read_only || !place.read_only)
+        };
+        match &self.0.places {
+            Some(places) if !places.iter().any(permits) => Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "it is not in the places that were named before the machine started",
+            )),
+            _ => Ok((plain, options)),
+        }
     }
 
     fn insert(&self, entries: &mut Entries, share: Arc<Share>) {

@@ -25,6 +25,7 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
     let kvm = koya::vmm::kvm::open();
     let confinement = koya::vmm::host::walls::check_host();
     let own_root = koya::vmm::host::descriptors::check_own_root();
+    let has_places = koya::vmm::host::walls::landlock::has_places();
     let all = json!({
         "koya": {
             "version": env!("CARGO_PKG_VERSION"),
@@ -47,6 +48,11 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
                     Ok(()) => {
                         "seccomp filters and capabilities by thread, no files of the host".to_owned()
                     }
+                    Err(why) if has_places => format!(
+                        "seccomp filters and capabilities by thread; under koya run only shared files of the host \
+                         (Landlock), otherwise those that this user may open, since threads have no root directory of \
+                         their own: {why}"
+                    ),
                     Err(why) => format!(
                         "seccomp filters and capabilities by thread; files of the host as far as this user may \
                          open them, since threads have no root directory of their own: {why}"
@@ -55,6 +61,7 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
                 Err(error) => error.to_string(),
             },
             "own_root": own_root.is_ok(),
+            "landlock": koya::vmm::host::walls::landlock::abi(),
         },
     });
     if args.json {

@@ -116,8 +116,8 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
     /// Do not confine the threads on the host that run the guest and serve its devices; by default each has a seccomp
-    /// filter, no capabilities except those for serving files, and, if started by root, no access to files that are not
-    /// shared. The other threads then keep all capabilities of the caller, too
+    /// filter, no capabilities except those for serving files, and, if started by root or if the host has Landlock, no
+    /// access to files that are not shared. The other threads then keep all capabilities of the caller, too
     #[arg(long)]
     no_seccomp: bool,
     /// Do not share CPU cores with other processes (core scheduling): their hyperthreads run threads of this container or
@@ -432,6 +432,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         false => UserStreams::own(args.interactive)?,
     };
     let mut sandbox = args.sandbox()?;
+    sandbox.places = Some(config.places());
     sandbox.timeline = Some(TimelineFile {
         id: record.name.clone(),
         began: Some(began),

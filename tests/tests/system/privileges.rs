@@ -168,7 +168,36 @@ fn a_users_container_has_none() -> Result<()> {
                 ensure!(other.is_none(), "koya-fs sees {other:?}");
             }
         }
+        if network == "none" {
+            let host: Value = serde_json::from_str(&as_user(&["env", "--json"])?)?;
+            let record = home.join(".local/share/koya/containers/few/walls.json");
+            opens_shared_files_only(&host["host"], &fs::read_to_string(record)?)?;
+        }
         as_user(&["rm", "--force", "few"])?;
+    }
+    Ok(())
+}
+
+/// Threads that serve files, without a root directory of their own, are limited to shared files if the host has Landlock.
+fn opens_shared_files_only(host: &Value, record: &str) -> Result<()> {
+    let has_it = host["landlock"]
+        .as_i64()
+        .is_some_and(|version| version >= 2);
+    let record: Value = serde_json::from_str(record)?;
+    for (role, wanted) in [
+        ("koya-fs", "shared files"),
+        ("koya-starter", "shared files"),
+        ("koya-vcpu", "no files"),
+    ] {
+        let is_it = |thread: &&Value| {
+            let name = thread["role"].as_str();
+            name.is_some_and(|name| name.starts_with(role))
+        };
+        for listed in [&record["threads"], &host["threads"]] {
+            let thread = listed.as_array().and_then(|all| all.iter().find(is_it));
+            let thread = thread.with_context(|| format!("no {role} in {listed}"))?;
+            ensure!(!has_it || thread["landlock"] == wanted, "{thread}");
+        }
     }
     Ok(())
 }

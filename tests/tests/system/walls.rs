@@ -1,18 +1,21 @@
 //! Confinement of host threads driven by the guest.
 
 use crate::calls::with_numbers;
-use crate::tool::{Background, koya, run_in, scratch, stdout};
+use crate::life::koya_as;
+use crate::tool::{Background, busybox, koya, run_in, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 crate::trials![
     threads_that_a_guest_drives_are_confined,
     confinement_can_be_turned_off,
     device_operations_of_all_kinds_pass_the_filters,
     rarer_operations_pass_the_filters,
+    a_users_files_are_served_from_the_shares_only,
 ];
 
 /// Threads driven by the guest, by prefixes of their names.
@@ -252,5 +255,58 @@ fn rarer_operations_pass_the_filters() -> Result<()> {
     let said = stdout(run_in(Path::new("/"), &options, &command)?)?;
     ensure!(said == "files\ndisk", "{said}");
     ensure!(fs::read_dir(&shared)?.next().is_none(), "something is left");
+    Ok(())
+}
+
+/// Without root and a network, files are served from the shares alone: Landlock denies everything else to `koya-fs`, so that
+/// a directory that the host moves out of a share can no longer be used.
+fn a_users_files_are_served_from_the_shares_only() -> Result<()> {
+    const USER: u32 = 65534;
+    let home = scratch("user-walls")?;
+    for name in ["data/a", "data/b", "data/moved", "sealed"] {
+        fs::create_dir_all(home.join(name))?;
+    }
+    for name in ["data/a/file", "data/moved/file", "sealed/file", "alone"] {
+        fs::write(home.join(name), "inside\n")?;
+    }
+    let rootfs = home.join("rootfs");
+    busybox(&rootfs)?;
+    let owner = format!("{USER}:{USER}");
+    let mut chown = Command::new("chown");
+    stdout(chown.args(["-hR", &owner]).arg(&home).output()?)?;
+    let as_user = |arguments: &[&str]| -> Result<String> {
+        stdout(koya_as(USER, &home).args(arguments).output()?)
+    };
+    let volumes = ["data:/data", "sealed:/sealed:ro", "alone:/alone"];
+    let volumes = volumes.map(|volume| format!("{}/{volume}", home.display()));
+    let [data, sealed, alone] = &volumes;
+    let rootfs = rootfs.to_string_lossy();
+    let script =
+        "set -e; cat /sealed/file /alone; mv /data/a/file /data/b; ln /data/b/file /data/a/file
+        cat /data/a/file; echo more >> /alone; cd /data/moved; cat file; echo ready
+        until [ -e /data/go ]; do sleep 1; done
+        cat file 2> /dev/null || echo denied; (echo more > new) 2> /dev/null || echo denied
+        echo done; sleep 1000";
+    let run = ["run", "-d", "--name", "user-walls", "--rootfs", &rootfs];
+    let volumes = ["-v", data, "-v", sealed, "-v", alone];
+    as_user(&[&run[..], &volumes, &["--", "sh", "-c", script]].concat())?;
+    let says = |word: &str| {
+        until(word, || {
+            let said = as_user(&["logs", "user-walls"])?;
+            Ok(said.contains(word).then_some(said))
+        })
+    };
+    says("ready")?;
+    fs::rename(home.join("data/moved"), home.join("moved"))?;
+    fs::write(home.join("data/go"), "")?;
+    let said = says("done")?;
+    let host: serde_json::Value = serde_json::from_str(&as_user(&["env", "--json"])?)?;
+    as_user(&["rm", "--force", "user-walls"])?;
+    let (before, after) = said.split_once("ready\n").context("not ready")?;
+    ensure!(before == "inside\n".repeat(4), "{said}");
+    let version = host["host"]["landlock"].as_i64();
+    if version.is_some_and(|version| version >= 2) {
+        ensure!(after.trim_end() == "denied\ndenied\ndone", "{said}");
+    }
     Ok(())
 }

@@ -2,9 +2,12 @@
 //! function here is safe to call; each `unsafe` block states why.
 
 mod inherited;
+pub(crate) mod landlock;
 mod redirect;
 #[cfg(test)]
 mod traitor_ground;
+#[cfg(test)]
+mod traitor_landlock_tests;
 #[cfg(test)]
 mod traitor_tests;
 mod violation;

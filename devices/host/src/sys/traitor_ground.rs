@@ -7,10 +7,11 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::ffi::{CString, c_char};
 use std::fs::{self, File};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{SocketAddr as UnixAddress, UnixListener};
 use std::path::Path;
 
 /// `struct file_handle` with room for the largest handle.
@@ -32,10 +33,15 @@ pub(super) struct Ground {
     old_file: CString,
     handle: Handle,
     address: libc::sockaddr_un,
-    _listener: UnixListener,
+    abstract_address: (libc::sockaddr_un, usize),
+    _listeners: [UnixListener; 2],
     datagrams: UdpSocket,
     /// Address of that socket.
     to: libc::sockaddr_in,
+    /// A socket of TCP that is not connected, and the address of one that listens.
+    stream: i32,
+    server: libc::sockaddr_in,
+    _server: TcpListener,
     /// Descriptors of a virtual machine and its vCPU.
     machine: Option<(i32, i32)>,
 }
@@ -44,13 +50,18 @@ impl Ground {
     /// Prepares the targets of an attempt in an empty directory.
     pub(super) fn new(dir: &Path, name: &str) -> Self {
         let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let to = internet_address(&datagrams);
+        let to = internet_address(datagrams.local_addr().unwrap());
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let abstract_name = format!("koya-traitor-{}", std::process::id());
+        let abstract_listener = UnixAddress::from_abstract_name(&abstract_name)
+            .and_then(|address| UnixListener::bind_addr(&address));
         let text = |name: &str| CString::new(dir.join(name).as_os_str().as_bytes()).unwrap();
         fs::create_dir(dir.join("share")).unwrap();
         // The null device; only root can create it.
         let device = rustix::fs::makedev(1, 3);
         let at = dir.join("share/null");
         mknodat(CWD, at, FileType::CharacterDevice, Mode::RWXU, device).ok();
+        fs::write(dir.join("share/file"), "text").unwrap();
         fs::write(dir.join("file"), "text").unwrap();
         fs::write(dir.join("old"), "text").unwrap();
         Self {
@@ -60,9 +71,16 @@ impl Ground {
             handle: handle(&text("old")),
             old_file: text("old"),
             address: address(&text("socket")),
-            _listener: UnixListener::bind(dir.join("socket")).unwrap(),
+            abstract_address: abstract_address(abstract_name.as_bytes()),
+            _listeners: [
+                UnixListener::bind(dir.join("socket")).unwrap(),
+                abstract_listener.unwrap(),
+            ],
             datagrams,
             to,
+            stream: call!(SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0) as i32,
+            server: internet_address(server.local_addr().unwrap()),
+            _server: server,
             machine: name.starts_with("KVM_").then(machine),
         }
     }
@@ -98,6 +116,22 @@ impl Ground {
     /// The address of a listening socket.
     pub(super) fn address(&self) -> (*const u8, usize) {
         ((&raw const self.address).cast(), size_of_val(&self.address))
+    }
+
+    /// The address of a listening socket without a path.
+    pub(super) fn abstract_address(&self) -> (*const u8, usize) {
+        let (address, len) = &self.abstract_address;
+        ((&raw const *address).cast(), *len)
+    }
+
+    /// A TCP socket that the process has open; it is not connected.
+    pub(super) fn stream(&self) -> i32 {
+        self.stream
+    }
+
+    /// An address that it can connect to.
+    pub(super) fn server(&self) -> (*const u8, usize) {
+        ((&raw const self.server).cast(), size_of_val(&self.server))
     }
 
     /// A UDP socket that the process has open, as for a published port; it is not connected.
@@ -200,9 +234,21 @@ fn address(path: &CString) -> libc::sockaddr_un {
     address
 }
 
+/// An address that begins with a null byte, and its length.
+fn abstract_address(name: &[u8]) -> (libc::sockaddr_un, usize) {
+    let mut address = libc::sockaddr_un {
+        sun_family: libc::AF_UNIX as u16,
+        sun_path: [0; 108],
+    };
+    let bytes = name.iter().map(|byte| *byte as c_char);
+    let room = address.sun_path.iter_mut().skip(1);
+    room.zip(bytes).for_each(|(to, from)| *to = from);
+    (address, size_of::<u16>() + 1 + name.len())
+}
+
 /// The address of a socket of IPv4.
-fn internet_address(socket: &UdpSocket) -> libc::sockaddr_in {
-    let SocketAddr::V4(address) = socket.local_addr().unwrap() else {
+fn internet_address(address: SocketAddr) -> libc::sockaddr_in {
+    let SocketAddr::V4(address) = address else {
         panic!("an address of IPv6");
     };
     libc::sockaddr_in {

@@ -3,8 +3,11 @@
 //! results are the table of `docs/security.md`.
 
 use super::traitor_ground::Ground;
+use crate::descriptors::Directory;
 use crate::threads::{self, Role};
-use crate::walls::{Filter, confine_new_threads};
+use crate::walls::landlock::{Place, Rules};
+use crate::walls::{Filter, confine_new_threads, confine_new_threads_to, keep_capabilities};
+use rustix::thread::CapabilitySet;
 use std::fmt::Write as _;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
@@ -19,6 +22,9 @@ const GROUND: &str = "KOYA_TEST_GROUND";
 
 /// Whether that process reports violations.
 const REPORTS: &str = "KOYA_TEST_REPORTS";
+
+/// Set if that process has no privileges, and threads that serve files may open what is in one place only.
+pub(super) const PLAIN: &str = "KOYA_TEST_PLAIN";
 
 /// A name, and a function that returns the result of a system call.
 type Attempt = (&'static str, fn(&Ground) -> i64);
@@ -90,6 +96,9 @@ const ATTEMPTS: &[Attempt] = &[
         let again = ground.file_again();
         call!(SYS_openat, AT, again.as_ptr(), libc::O_RDWR)
     }),
+    ("open a file in a share", |ground| {
+        call!(SYS_openat, ground.share(), path(c"file"), libc::O_RDWR)
+    }),
     ("create a file", |ground| {
         call!(SYS_openat, AT, ground.new_file(), libc::O_CREAT, 0o600)
     }),
@@ -140,6 +149,11 @@ const ATTEMPTS: &[Attempt] = &[
         let (address, len) = ground.address();
         call!(SYS_connect, socket, address, len)
     }),
+    ("connect to an abstract Unix socket", |ground| {
+        let socket = socket(libc::AF_UNIX, libc::SOCK_STREAM);
+        let (address, len) = ground.abstract_address();
+        call!(SYS_connect, socket, address, len)
+    }),
     ("send a datagram by an open socket", |ground| {
         let (address, len) = ground.internet_address();
         let text = path(c"x");
@@ -154,6 +168,10 @@ const ATTEMPTS: &[Attempt] = &[
     ("connect an open UDP socket", |ground| {
         let (address, len) = ground.internet_address();
         call!(SYS_connect, ground.datagrams(), address, len)
+    }),
+    ("connect an open TCP socket", |ground| {
+        let (address, len) = ground.server();
+        call!(SYS_connect, ground.stream(), address, len)
     }),
     ("bind", |_| call!(SYS_bind, -1, NONE, 0)),
     ("listen", |_| call!(SYS_listen, -1, 0)),
@@ -298,7 +316,7 @@ const NEVER_BY_NAME: &[&str] = &[
 
 /// Outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+pub(super) enum Outcome {
     /// The filter ended the process.
     Killed,
     /// The filter allowed it and the kernel refused it; or the filter returned ENOSYS.
@@ -321,9 +339,17 @@ impl Outcome {
     }
 }
 
-/// A thread of this role, created as in a machine.
-fn confined<T: Send + 'static>(filter: Filter, work: impl FnOnce() -> T + Send + 'static) -> T {
-    let _confinement = confine_new_threads(true).unwrap();
+/// A thread of this role, created as in a machine. Without a place, Landlock denies nothing.
+fn confined<T: Send + 'static>(
+    filter: Filter,
+    place: Option<&Place>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    let places = place.map(std::slice::from_ref);
+    let _confinement = confine_new_threads_to(true, places).unwrap();
+    if place.is_none() {
+        Rules::default().replace();
+    }
     let role = |filter| Role::new("koya-traitor").confined_by(filter);
     let run = move || threads::spawn(role(filter), work).unwrap().join().unwrap();
     match filter {
@@ -347,9 +373,19 @@ fn attempt() {
     let (filter, name) = asked.split_once('\t').unwrap();
     let filter = Filter::ALL.iter().find(|f| format!("{f:?}") == filter);
     let (_, work) = ATTEMPTS.iter().find(|(known, _)| *known == name).unwrap();
-    let ground = std::env::var_os(GROUND).unwrap();
-    let ground = Ground::new(ground.as_ref(), name);
-    let result = confined(*filter.unwrap(), move || {
+    let dir = std::env::var_os(GROUND).unwrap();
+    let dir: &Path = dir.as_ref();
+    let place = std::env::var_os(PLAIN).map(|_| Place {
+        path: dir.join("share"),
+        read_only: false,
+    });
+    if place.is_some() {
+        keep_capabilities(CapabilitySet::empty()).unwrap();
+    }
+    let ground = Ground::new(dir, name);
+    // As a server of files does, before its threads have a filter.
+    let _directory = Directory::get().unwrap();
+    let result = confined(*filter.unwrap(), place.as_ref(), move || {
         let result = work(&ground);
         let error = io::Error::last_os_error().raw_os_error();
         error.filter(|_| result == -1).unwrap_or(0)
@@ -358,7 +394,7 @@ fn attempt() {
     std::process::exit(result);
 }
 
-fn command(filter: Filter, name: &str, ground: &Path) -> Command {
+pub(super) fn command(filter: Filter, name: &str, ground: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([
         "--exact",
@@ -373,7 +409,11 @@ fn command(filter: Filter, name: &str, ground: &Path) -> Command {
 
 fn outcome(filter: Filter, name: &str) -> Outcome {
     let ground = tempfile::tempdir().unwrap();
-    let output = command(filter, name, ground.path()).output().unwrap();
+    outcome_of(filter, name, &mut command(filter, name, ground.path()))
+}
+
+pub(super) fn outcome_of(filter: Filter, name: &str, command: &mut Command) -> Outcome {
+    let output = command.output().unwrap();
     match (output.status.signal(), output.status.code()) {
         (Some(libc::SIGSYS), _) => Outcome::Killed,
         (None, Some(0)) => Outcome::Allowed,
@@ -514,7 +554,7 @@ fn confinement_is_passed_on_and_can_be_off() {
     assert_eq!(threads::spawn(LEAF, mode).unwrap().join().unwrap(), 0);
     drop(off);
     // The creator's filter allows threads, and the filter of the new thread is added to it.
-    let passed = confined(Filter::Starter, || {
+    let passed = confined(Filter::Starter, None, || {
         threads::spawn(LEAF, crate::walls::confines)
             .unwrap()
             .join()

@@ -159,7 +159,7 @@ mod tests {
         };
         report_violations();
         report_violations_in(std::fs::File::create(path).unwrap().into());
-        confine(Filter::Net).unwrap();
+        confine(Filter::Net, None).unwrap();
         // SAFETY: the filter ends the process; without one, the call changes nothing.
         unsafe { libc::syscall(libc::SYS_sync) };
     }

@@ -1,5 +1,5 @@
 //! Confines threads: a seccomp filter for each role, no new privileges, no capability that the role does not use, and, for
-//! those that use file names, a root directory without files of the host.
+//! those that use file names, a root directory without files of the host. [`landlock`] denies files and networks besides.
 //!
 //! A thread is confined at its start if its [role](crate::threads::Role) names a [`Filter`] and its creator
 //! asked for it ([`confine_new_threads`]) or is confined itself. Filters are inherited: a thread that a
@@ -10,10 +10,12 @@
 //! own thread: it contains a confused device model, and is one more obstacle for an attacker who controls it.
 
 mod calls;
+pub mod landlock;
 mod program;
 
 use crate::descriptors::Root;
 use calls::{CALLS, Call, OTHER_NAMES, OWN_CALLS};
+use landlock::{Place, Rules, Ruleset};
 use program::Verdict;
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
@@ -79,6 +81,12 @@ impl Filter {
     /// Whether its threads use file names, none of which must lead to the host's files.
     pub const fn has_own_root(self) -> bool {
         matches!(self, Self::Starter | Self::Files)
+    }
+
+    /// Whether its threads are the starter or created by it, so that they have the starter's root directory and rules of
+    /// [`landlock`].
+    pub const fn is_of_starter(self) -> bool {
+        matches!(self, Self::Starter | Self::Files | Self::Block | Self::Net)
     }
 
     /// The capabilities that its threads keep if they have them. The starter keeps those that a device thread may need.
@@ -164,6 +172,7 @@ pub(crate) fn confines() -> bool {
 #[derive(Debug)]
 pub struct ConfineNewThreads {
     before: bool,
+    rules_before: Rules,
     /// Keeps it on its thread: it is not `Send`.
     _thread: std::marker::PhantomData<*const ()>,
 }
@@ -172,13 +181,27 @@ pub struct ConfineNewThreads {
 /// on to those that they create. By default threads are not confined.
 ///
 /// # Errors
-/// If the kernel has no seccomp filters.
+/// If the kernel has no seccomp filters, or the host has no descriptor left.
 pub fn confine_new_threads(on: bool) -> io::Result<ConfineNewThreads> {
-    if on {
-        check_host()?;
-    }
+    confine_new_threads_to(on, None)
+}
+
+/// As [`confine_new_threads`]. Threads that use file names, and have no root directory of their own, may open only files in
+/// these places, as far as the kernel has [Landlock](landlock).
+///
+/// # Errors
+/// As [`confine_new_threads`], or the place that does not exist.
+pub fn confine_new_threads_to(on: bool, places: Option<&[Place]>) -> io::Result<ConfineNewThreads> {
+    let rules = match on {
+        true => {
+            check_host()?;
+            Rules::new(places)?
+        }
+        false => Rules::default(),
+    };
     Ok(ConfineNewThreads {
         before: CONFINES.replace(on),
+        rules_before: rules.replace(),
         _thread: std::marker::PhantomData,
     })
 }
@@ -186,6 +209,7 @@ pub fn confine_new_threads(on: bool) -> io::Result<ConfineNewThreads> {
 impl Drop for ConfineNewThreads {
     fn drop(&mut self) {
         CONFINES.set(self.before);
+        std::mem::take(&mut self.rules_before).replace();
     }
 }
 
@@ -205,12 +229,14 @@ pub fn check_host() -> io::Result<()> {
 ///
 /// # Errors
 /// The error from the kernel. The thread may be confined in part, and must end.
-pub fn confine(filter: Filter) -> io::Result<()> {
-    if filter.has_own_root() {
-        Root::enter_if_possible()?;
-    }
+pub(crate) fn confine(filter: Filter, ruleset: Option<&Ruleset>) -> io::Result<()> {
+    let has_root = filter.has_own_root() && Root::enter_if_possible()?;
     keep_capabilities(filter.capabilities())?;
     rustix::thread::set_no_new_privs(true)?;
+    // Of the host's files, such a root has none.
+    if let Some(ruleset) = ruleset.filter(|_| !has_root) {
+        ruleset.restrict()?;
+    }
     seccompiler::apply_filter(filter.program()?).map_err(io::Error::other)?;
     CONFINES.set(true);
     Ok(())

@@ -7,9 +7,12 @@ use crate::fs::shares::Shares;
 use crate::test_utils::{Buffer, Driver};
 use koya_host::sys::unshare_fs_state;
 use koya_host::threads::{self, Role};
-use koya_host::walls::{Filter, confine_new_threads};
+use koya_host::walls::landlock::Place;
+use koya_host::walls::{Filter, confine_new_threads_to};
 use rustix::fs::OFlags;
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 /// A server on a confined thread, and the operations that it was asked for.
@@ -20,7 +23,7 @@ struct Confined {
 }
 
 impl Confined {
-    fn start(server: Server) -> Self {
+    fn start(server: Server, places: Option<&[Place]>) -> Self {
         let (requests, to_serve) = channel::<(Chain, Arc<Memory>)>();
         let (answer, replies) = channel();
         let serve = move || {
@@ -32,7 +35,7 @@ impl Confined {
             }
         };
         let role = Role::new("koya-fs").confined_by(Filter::Files);
-        let _confinement = confine_new_threads(true).unwrap();
+        let _confinement = confine_new_threads_to(true, places).unwrap();
         threads::spawn(role, serve).unwrap();
         Self {
             requests,
@@ -340,12 +343,39 @@ fn operations() -> Vec<(&'static str, u32)> {
 /// A new operation has to be added here, so that its system calls are known to pass the filter.
 #[test]
 fn every_operation_passes_the_filter() {
+    every_operation(|_| None);
+}
+
+/// In a process without privileges, such a thread may open only what is in the share.
+#[test]
+fn every_operation_is_permitted_by_landlock() {
+    let without_privileges = || {
+        let none = CapabilitySet::empty();
+        let none = CapabilitySets {
+            effective: none,
+            permitted: none,
+            inheritable: none,
+        };
+        set_capabilities(None, none).unwrap();
+        every_operation(|share| {
+            Some(vec![Place {
+                path: share.to_owned(),
+                read_only: false,
+            }])
+        });
+    };
+    std::thread::spawn(without_privileges).join().unwrap();
+}
+
+/// `places` are those of a share.
+fn every_operation(places: impl FnOnce(&Path) -> Option<Vec<Place>>) {
     let dir = tempfile::tempdir().unwrap();
-    let shares = Shares::default();
+    let places = places(dir.path());
+    let shares = Shares::within(places.clone());
     shares.add("s", dir.path(), false).unwrap();
     let server = Server::new(Passthrough::new(shares, Options::default()).unwrap());
     let _events = server.files().host_events();
-    let mut confined = Confined::start(server);
+    let mut confined = Confined::start(server, places.as_deref());
     let init = InitIn {
         major: wire::MAJOR,
         flags: u32::MAX,

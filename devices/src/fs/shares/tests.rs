@@ -531,3 +531,30 @@ fn several_nested_shares_are_merged_together() {
     mkdir(nodes[0]).unwrap();
     assert_eq!(mkdir(nodes[1]).unwrap_err(), Errno::ROFS);
 }
+
+#[test]
+fn only_what_is_in_the_named_places_is_shared() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for name in ["open/a", "sealed", "other"] {
+        fs::create_dir_all(at(name)).unwrap();
+    }
+    let place = |name: &str, read_only| Place {
+        path: at(name),
+        read_only,
+    };
+    let places = vec![place("open", false), place("sealed", true)];
+    let shares = Shares::within(Some(places));
+    for (name, options) in [
+        ("open", WRITABLE),
+        ("open/a", READ_ONLY),
+        ("sealed", READ_ONLY),
+    ] {
+        shares.share(at(name), options).unwrap();
+    }
+    for (name, options) in [("other", READ_ONLY), ("sealed", WRITABLE)] {
+        let refused = shares.share(at(name), options).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied, "{name}");
+    }
+    assert!(shares.add("name", at("other"), true).is_err());
+}
