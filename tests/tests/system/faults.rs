@@ -1,5 +1,6 @@
 //! Faults of the host: the guest sees an error or waits, no flushed data is lost, and everything else goes on.
 
+use crate::calls::with_numbers;
 use crate::tool::{Background, koya, run, run_in, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
@@ -270,21 +271,15 @@ fn a_share_that_hangs_is_waited_for() -> Result<()> {
     result
 }
 
+/// Has a file open and mapped, and on request reads beyond its end.
 const LOOK: &str = r#"
-    #include <fcntl.h>
-    #include <stdio.h>
-    #include <sys/mman.h>
-    #include <unistd.h>
-    int main(int count, char **args) {
-        int file = open(args[1], O_RDONLY);
-        volatile char *map = mmap(0, 1 << 20, PROT_READ, MAP_SHARED, file, 0);
-        char buffer[100];
-        setbuf(stdout, 0);
-        if (map[0] == 'a') puts("mapped");
-        while (access("/tmp/go", F_OK)) usleep(100000);
-        printf("read %d\n", (int)pread(file, buffer, 100, 1000000));
-        return map[1000000];
-    }
+    $| = 1; open(F, '<', shift) or die $!;
+    my $at = syscall(SYS_mmap, 0, 1 << 20, 1, 1, fileno F, 0);
+    sub byte { unpack('P1', pack('Q', $at + $_[0])) }
+    print "mapped\n" if byte(0) eq 'a';
+    select(undef, undef, undef, 0.1) until -e '/tmp/go';
+    sysseek(F, 1000000, 0); print 'read ', sysread(F, my $buffer, 100), "\n";
+    byte(1000000);
 "#;
 
 fn files_that_shrink_are_the_readers_errors() -> Result<()> {
@@ -297,15 +292,13 @@ fn files_that_shrink_are_the_readers_errors() -> Result<()> {
     let disk = image.to_string_lossy();
     let volume = format!("{}:/data", dir.display());
     let container = start("fault-shrink", &["-v", &volume, "--disk", &disk])?;
-    // A program that has the file open and mapped, and on request reads beyond its end.
-    let source = dir.join("look.c");
-    std::fs::write(&source, LOOK)?;
-    let (source, program) = (source.to_string_lossy(), dir.join("look"));
-    host("gcc", &["-o", &program.to_string_lossy(), &source])?;
-    exec(
-        &container,
-        "(/data/look /data/file > /tmp/said; echo ended $? >> /tmp/said) > /dev/null 2>&1 &",
-    )?;
+    let look = [
+        "sh",
+        "-c",
+        "(perl -e \"$0\" /data/file > /tmp/said; echo ended $? >> /tmp/said) > /dev/null 2>&1 &",
+        &with_numbers(LOOK),
+    ];
+    stdout(container.exec(&[], &look)?)?;
     until("the file is mapped", || {
         let said = exec(&container, "cat /tmp/said 2> /dev/null; true")?;
         Ok((said == "mapped").then_some(()))
