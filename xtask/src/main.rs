@@ -15,6 +15,7 @@ mod deb;
 mod deb_try;
 mod demo;
 mod dependencies;
+mod dockers;
 mod fuzz;
 mod install;
 mod kernel;
