@@ -198,8 +198,14 @@ pub(super) fn options_of_other_containers(docker: &Docker) -> Result<()> {
     let each = [["--pid", "container:other"], ["--ipc", "container:other"]];
     match docker.kind {
         Kind::Shim => {
-            docker.refused(&each[0], "pid namespace")?;
-            docker.refused(&each[1], "ipc namespace")?;
+            docker.refused(
+                &each[0],
+                "the pid namespace of another container can't be shared",
+            )?;
+            docker.refused(
+                &each[1],
+                "the ipc namespace of another container can't be shared",
+            )?;
         }
         Kind::Path => {
             for alone in &each {
