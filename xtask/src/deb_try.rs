@@ -40,7 +40,7 @@ pub(crate) fn run(package: &Path) -> Result<()> {
 }
 
 /// Tar archive of a Debian with Docker and without Koya, created once.
-pub(crate) fn debian() -> Result<PathBuf> {
+fn debian() -> Result<PathBuf> {
     setup::ensure_these(&[("debootstrap", "makes a Debian to install on")])?;
     let key = cache::key([&[SUITE, INCLUDE], &NEEDS[..]].concat());
     let dir = cache::ensure("debian-docker", &key, |dir| {

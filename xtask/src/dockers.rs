@@ -1,7 +1,7 @@
 //! The versions of Docker that tests run with, unpacked from Debian's suites.
 
 use crate::arch::Arch;
-use crate::{apt, cache, deb_try, setup};
+use crate::{apt, cache, setup};
 use anyhow::{Context, Result};
 use std::ffi::OsString;
 use std::fs;
@@ -70,16 +70,6 @@ pub(crate) fn selected_for(arch: Arch) -> Result<OsString> {
     Ok(std::env::join_paths(
         directories.collect::<Result<Vec<_>>>()?,
     )?)
-}
-
-/// Archive of a Debian with Docker, for the test of a daemon inside a container: only for this machine, and if a version is
-/// selected.
-pub(crate) fn debian() -> Result<OsString> {
-    let which = std::env::var(WHICH_DOCKERS).unwrap_or_default();
-    match which.is_empty() {
-        true => Ok(OsString::new()),
-        false => Ok(deb_try::debian()?.into()),
-    }
 }
 
 fn selected(which: &str) -> Result<Vec<&'static Docker>> {

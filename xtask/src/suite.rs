@@ -84,7 +84,6 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         .env("KOYA_TEST_FSX", &fsx)
         .env("KOYA_TEST_CONTAINERD", &containerds)
         .env("KOYA_TEST_DOCKER", &dockers)
-        .env("KOYA_TEST_DEBIAN_DOCKER", dockers::debian()?)
         .env(MODEL, args.model.words().join(" "));
     resume(&mut system, arch, args.model, args)?;
     proc::run(&mut system)?;

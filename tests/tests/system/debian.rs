@@ -17,13 +17,8 @@ crate::trials![
 
 /// The tree, unpacked once on each host. Tests write only to their own paths, which they clear first.
 pub(crate) fn debian() -> Result<PathBuf> {
-    unpacked("KOYA_TEST_DEBIAN")
-}
-
-/// The same of the tree in the archive that a variable names.
-pub(crate) fn unpacked(variable: &str) -> Result<PathBuf> {
-    let kept = std::env::var(variable)
-        .with_context(|| format!("{variable} names no tree; `cargo xtask test` makes one"))?;
+    let kept = std::env::var("KOYA_TEST_DEBIAN")
+        .context("KOYA_TEST_DEBIAN names no tree; `cargo xtask test` makes one")?;
     let version = Path::new(&kept).parent().and_then(Path::file_name);
     let version = version.context("it is in no directory")?.to_string_lossy();
     let base = scratch_base();
