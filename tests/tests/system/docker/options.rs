@@ -176,10 +176,6 @@ pub(super) fn further_options(docker: &Docker) -> Result<()> {
         &["--device", "/dev/kvm"],
         "/dev/kvm is a device of the host",
     )?;
-    docker.refused(
-        &["--device", "/dev/kmsg:/dev/log-of-host"],
-        "is a device of the host",
-    )?;
     docker.nothing_is_left()
 }
 
