@@ -16,6 +16,7 @@ mod deb;
 mod deb_try;
 mod demo;
 mod dependencies;
+mod dockers;
 mod fuzz;
 mod install;
 mod kernel;

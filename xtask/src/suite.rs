@@ -2,7 +2,7 @@
 
 use crate::arch::{Arch, ArchArgs};
 use crate::rig::{self, Model};
-use crate::{apt, build, cache, lint, proc};
+use crate::{apt, build, cache, dockers, lint, proc};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::ffi::OsString;
@@ -76,7 +76,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     }
     eprintln!("test: Linux guests");
     let (debian, fsx) = (debian()?, fsx(arch)?);
-    let (containerds, dockers) = (containerds(arch)?, dockers(arch)?);
+    let (containerds, dockers) = (containerds(arch)?, dockers::selected_for(arch)?);
     proc::run(cargo().args(["build", "--workspace"]).args(EXAMPLES))?;
     let mut system = test(&["--workspace", "--test", "system"]);
     system
@@ -160,7 +160,7 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
         .env("KOYA_TEST_DEBIAN", debian_for(arch)?)
         .env("KOYA_TEST_FSX", fsx(arch)?)
         .env("KOYA_TEST_CONTAINERD", containerds(arch)?)
-        .env("KOYA_TEST_DOCKER", dockers(arch)?);
+        .env("KOYA_TEST_DOCKER", dockers::selected_for(arch)?);
     resume(&mut system, arch, args.model, args)?;
     proc::run(&mut system)
 }
@@ -356,44 +356,6 @@ fn containerd_for(arch: Arch, suite: &str) -> Result<PathBuf> {
         apt::unpack_for(arch, suite, &["containerd"], dir)
     })?;
     Ok(dir.join("usr/bin"))
-}
-
-/// Debian suites with the tested versions of Docker, 26 and 28, each with the package of its init program.
-const DOCKER_SUITES: [(&str, &str); 2] = [("trixie", "tini"), ("forky", "tini-static")];
-
-/// Selects versions of Docker: `first` or `all`. Without it, these tests are left out, since they take minutes.
-const WHICH_DOCKERS: &str = "KOYA_TEST_DOCKERS";
-
-/// The directories of the selected versions, separated by colons.
-fn dockers(arch: Arch) -> Result<OsString> {
-    let which = std::env::var(WHICH_DOCKERS).unwrap_or_default();
-    let count = match which.as_str() {
-        "" => 0,
-        "first" => 1,
-        "all" => DOCKER_SUITES.len(),
-        other => bail!("{WHICH_DOCKERS} is {other:?}, not `first` or `all`"),
-    };
-    let directories = DOCKER_SUITES[..count].iter();
-    let directories = directories.map(|(suite, init)| docker(arch, suite, init));
-    Ok(std::env::join_paths(
-        directories.collect::<Result<Vec<_>>>()?,
-    )?)
-}
-
-/// The directory of the older tested Docker.
-pub(crate) fn first_docker() -> Result<PathBuf> {
-    let (suite, init) = DOCKER_SUITES[0];
-    docker(Arch::of_this_machine(), suite, init)
-}
-
-/// The directory of Docker from a suite, unpacked once. Its runc is Debian 12's, which fits the machine's C library.
-fn docker(arch: Arch, suite: &str, init: &str) -> Result<PathBuf> {
-    let packages = ["docker.io", "docker-cli", "containerd", init];
-    let key = arch.key(&[&[suite, "runc"], &packages[..]].concat());
-    cache::ensure("docker", &key, |dir| {
-        apt::unpack_for(arch, suite, &packages, dir)?;
-        apt::unpack_for(arch, apt::RELEASE, &["runc"], dir)
-    })
 }
 
 /// The directory of fsx, the file system exerciser, built once.

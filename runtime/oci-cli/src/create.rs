@@ -337,7 +337,9 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
     })
 }
 
-/// Starts a created container, after the checks that runc makes. If a poststart hook fails, the container is deleted.
+/// Starts a created container, after the checks that runc makes. If a poststart hook fails, the container is deleted. If the
+/// start fails otherwise, the container has stopped, and its process has ended: callers delete it at once, and Docker 20.10
+/// keeps what it can't delete.
 pub(crate) fn start_created(container: &Container) -> Result<()> {
     match container.status() {
         Status::Created => {}
@@ -345,7 +347,10 @@ pub(crate) fn start_created(container: &Container) -> Result<()> {
         Status::Running => bail!("cannot start an already running container"),
         Status::Paused => bail!("cannot start a container in the paused state"),
     }
-    send_request(container, Request::Start)?;
+    if let Err(error) = send_request(container, Request::Start) {
+        life::wait_for_end(container);
+        return Err(error);
+    }
     let state = state::hook_state(&container.stored, ContainerState::Running)?;
     let Stored { hooks, .. } = &container.stored;
     let place = container.stored.place();

@@ -203,6 +203,23 @@ fn end(container: &Container) -> Result<()> {
     Ok(())
 }
 
+/// Waits for the process of a container that has stopped.
+pub(crate) fn wait_for_end(container: &Container) {
+    let Some(pid) = Pid::from_raw(container.stored.pid) else {
+        return;
+    };
+    if let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
+        && container.status() == Status::Stopped
+        && container.is_alive()
+        && !has_ended(&process, GONE_LIMIT)
+    {
+        log::warn!(
+            "the process of {} does not end after its start failed",
+            container.stored.id
+        );
+    }
+}
+
 fn has_ended(process: &OwnedFd, limit: Duration) -> bool {
     let limit = Timespec {
         tv_sec: limit.as_secs() as i64,

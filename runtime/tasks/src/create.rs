@@ -201,6 +201,15 @@ impl TaskSet {
         if task.spec.network() == Network::Host {
             return Err(anyhow!(HOST_NETWORK).into());
         }
+        if !task.is_member()
+            && !task.is_pod()
+            && let Some(kind) = task.spec.shared_namespace()
+        {
+            return Err(anyhow!(
+                "the {kind} namespace of another container can't be shared: each has a virtual machine of its own"
+            )
+            .into());
+        }
         if !task.is_member() {
             task.share_time_on_host();
         } else {

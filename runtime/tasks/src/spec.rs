@@ -216,6 +216,20 @@ impl Spec {
         number.parse().ok()
     }
 
+    /// The first kind of namespace that it would share with processes of the host, of those that only containers of one
+    /// virtual machine can share.
+    pub(crate) fn shared_namespace(&self) -> Option<LinuxNamespaceType> {
+        let linux = self.0.linux().as_ref()?;
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let shared = namespaces.find(|namespace| {
+            use LinuxNamespaceType::{Ipc, Pid, Uts};
+            let path = namespace.path().as_ref();
+            matches!(namespace.typ(), Pid | Ipc | Uts)
+                && path.is_some_and(|path| !path.as_os_str().is_empty())
+        });
+        shared.map(|namespace| namespace.typ())
+    }
+
     /// Rows and columns of the terminal, if configured.
     pub fn console_size(&self) -> Option<(u64, u64)> {
         let size = self.0.process().as_ref()?.console_size()?;
@@ -502,6 +516,12 @@ mod tests {
         let files = of(json!([{"type": "network", "path": "/run/netns/a"}, {"type": "ipc"}]));
         assert!(files.named_processes().is_empty());
         assert_eq!(of(json!([{"type": "pid"}])).pids_of(), None);
+
+        // Docker's `--ipc container:NAME` names a process, other engines a file.
+        let ipc = json!([{"type": "uts"}, {"type": "ipc", "path": "/run/ipcns/a"}]);
+        assert_eq!(of(ipc).shared_namespace(), Some(LinuxNamespaceType::Ipc));
+        assert_eq!(pids.shared_namespace(), Some(LinuxNamespaceType::Pid));
+        assert_eq!(files.shared_namespace(), None);
     }
 
     /// podman and Docker set some for the network of each container.

@@ -119,6 +119,21 @@ fn what_a_process_lacks_is_said_as_by_runc() -> Result<()> {
         "exec /run.sh: no such file or directory: its interpreter \"/none\" is not there\n";
     ensure!(!exec.status.success() && said == expected, "{said}");
     runtime.ok(&["delete", "--force", "exec-b"])?;
+
+    // With a hook, which may bring the program, only the start fails. Docker 20.10 keeps a container that it can't delete at
+    // once.
+    let missing = bundle("", |config| {
+        config["process"]["args"] = json!(["/none"]);
+        config["hooks"] = json!({"createRuntime": [{"path": "/bin/true"}]});
+    })?;
+    let pid_file = missing.join("pid");
+    let create = ["create", "--pid-file", text(&pid_file)?];
+    runtime.ok(&[&create[..], &["--bundle", text(&missing)?, "exec-m"]].concat())?;
+    let start = runtime.call(&["start", "exec-m"])?;
+    let process = fs::read_to_string(format!("/proc/{}/stat", fs::read_to_string(&pid_file)?));
+    let lives = process.is_ok_and(|stat| !stat.contains(") Z "));
+    ensure!(!start.status.success() && !lives, "{start:?}");
+    runtime.ok(&["delete", "exec-m"])?;
     Ok(())
 }
 

@@ -12,7 +12,7 @@ mod tools;
 use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
 use crate::build::{self, Products};
-use crate::{rig, setup, suite};
+use crate::{dockers, rig, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use report::Report;
@@ -155,7 +155,7 @@ fn containers(rounds: u32) -> Result<Value> {
     setup::ensure_these(PEERS)?;
     let program = program(Arch::of_this_machine(), "containers")?;
     let containerd = suite::containerd(suite::CONTAINERD_SUITES[0])?;
-    let docker = suite::first_docker()?;
+    let docker = dockers::first()?;
     let rounds = rounds.to_string();
     let command: [&OsStr; 4] = [
         program.as_ref(),

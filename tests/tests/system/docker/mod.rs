@@ -1,8 +1,11 @@
 //! Docker by its command line, with both kinds of runtimes: the shim of containerd, and `koya-runtime` by its path. Each test
 //! runs with each version of Docker given to the tests.
 
+mod builder;
+mod compose;
 mod containers;
 mod networks;
+mod options;
 mod steps;
 
 pub(crate) use networks::{PAGE, page};
@@ -17,9 +20,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const IMAGE: &str = "busybox:test";
-/// In the order of the directories in KOYA_TEST_DOCKER, with the kinds of runtimes that each is tested with. Versions are
-/// chosen by `cargo xtask test`.
-const VERSIONS: [(&str, &[Kind]); 2] = [("26", &[Kind::Shim, Kind::Path]), ("28", &[Kind::Shim])];
+/// The kinds of runtimes that each version is tested with.
+const VERSIONS: [(&str, &[Kind]); 3] = [
+    ("20", &[Kind::Path]),
+    ("26", &[Kind::Shim, Kind::Path]),
+    ("28", &[Kind::Shim, Kind::Path]),
+];
 
 /// How Docker calls Koya.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +56,7 @@ impl Kind {
 
 type Test = (&'static str, fn(&Docker) -> Result<()>);
 
-const TESTS: [Test; 5] = [
+const TESTS: [Test; 10] = [
     (
         "containers_get_what_was_asked",
         containers::containers_get_what_was_asked,
@@ -62,44 +68,77 @@ const TESTS: [Test; 5] = [
     ("networks_are_dockers", networks::networks_are_dockers),
     ("networks_come_and_go", networks::networks_come_and_go),
     ("first_steps", steps::first_steps),
+    ("services_are_composed", compose::services_are_composed),
+    ("images_are_built", builder::images_are_built),
+    ("further_options", options::further_options),
+    (
+        "options_of_other_containers",
+        options::options_of_other_containers,
+    ),
+    ("terminals_and_updates", options::terminals_and_updates),
 ];
 
-/// Each test with each available version and kind of runtime.
+/// Each test with each given version of Docker and its kinds of runtimes.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     let all = std::env::var_os("KOYA_TEST_DOCKER").unwrap_or_default();
-    let count = std::env::split_paths(&all).filter(|tree| !tree.as_os_str().is_empty());
-    let count = count.count();
-    let versions = VERSIONS.into_iter().enumerate().take(count);
-    versions
-        .flat_map(|(index, (version, kinds))| kinds.iter().map(move |kind| (index, version, *kind)))
-        .flat_map(|of| TESTS.map(|(name, test)| (of, name, test)))
-        .map(|((index, version, kind), name, test)| {
-            let suffix = kind.suffix();
-            crate::trial(format!("docker::v{version}{suffix}::{name}"), move || {
-                let docker = Docker::start(index, version, kind)?;
-                test(&docker).with_context(|| docker.last_words())
-            })
+    let trees = std::env::split_paths(&all).filter(|tree| !tree.as_os_str().is_empty());
+    trees.flat_map(|tree| trials_of(&tree)).collect()
+}
+
+fn trials_of(tree: &Path) -> Vec<libtest_mimic::Trial> {
+    let (version, kinds) = match version(tree) {
+        Ok(known) => known,
+        Err(error) => {
+            let wrong = format!("{error:#}");
+            return vec![crate::trial("docker::versions", move || {
+                anyhow::bail!("{wrong}")
+            })];
+        }
+    };
+    let all = kinds
+        .iter()
+        .flat_map(|kind| TESTS.map(|test| (*kind, test)));
+    all.map(|(kind, (name, test))| {
+        let tree = tree.to_path_buf();
+        let name = format!("docker::v{version}{}::{name}", kind.suffix());
+        crate::trial(name, move || {
+            let docker = Docker::start(&tree, version, kind)?;
+            test(&docker).with_context(|| docker.last_words())
         })
-        .collect()
+    })
+    .collect()
+}
+
+/// The version of the Docker in a directory by `cargo xtask test`, and its kinds of runtimes.
+fn version(tree: &Path) -> Result<(&'static str, &'static [Kind])> {
+    let file = tree.join("version");
+    let about = || {
+        format!(
+            "KOYA_TEST_DOCKER: {}: directories by `cargo xtask test` have this file",
+            file.display()
+        )
+    };
+    let own = fs::read_to_string(&file).with_context(about)?;
+    let known = VERSIONS.into_iter().find(|(version, _)| *version == own);
+    known.with_context(|| format!("KOYA_TEST_DOCKER: Docker {own} is not a tested version"))
 }
 
 /// A Docker of this test. Only one runs at a time: its networks are those of the machine.
 struct Docker {
     dir: PathBuf,
+    /// Where its files are.
+    tree: PathBuf,
     path: String,
+    version: &'static str,
     kind: Kind,
     daemon: Child,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl Docker {
-    fn start(index: usize, version: &str, kind: Kind) -> Result<Self> {
+    fn start(tree: &Path, version: &'static str, kind: Kind) -> Result<Self> {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let trees = std::env::var_os("KOYA_TEST_DOCKER")
-            .context("KOYA_TEST_DOCKER names no directories; `cargo xtask test` makes them")?;
-        let tree = std::env::split_paths(&trees).nth(index);
-        let tree = tree.context("too few directories")?;
         load_modules()?;
         let dir = scratch("d")?;
         let at = dir.display();
@@ -112,8 +151,8 @@ impl Docker {
             "default-runtime": "koya",
         });
         fs::write(dir.join("daemon.json"), config.to_string())?;
-        let tree = tree.display();
-        let path = format!("{tree}/usr/sbin:{tree}/usr/bin:{}", std::env::var("PATH")?);
+        let at = tree.display();
+        let path = format!("{at}/usr/sbin:{at}/usr/bin:{}", std::env::var("PATH")?);
         let log = fs::File::create(dir.join("log"))?;
         let daemon = Command::new("dockerd")
             .arg("--config-file")
@@ -126,7 +165,9 @@ impl Docker {
             .context("cannot start dockerd")?;
         let docker = Self {
             dir,
+            tree: tree.to_path_buf(),
             path,
+            version,
             kind,
             daemon,
             _alone: alone,
@@ -203,6 +244,23 @@ impl Docker {
             .env("HOME", &self.dir)
             .stdin(Stdio::null());
         terminal
+    }
+
+    /// All capabilities, in `/proc/PID/status`: Docker 20.10 knows only the first 38.
+    fn all_capabilities(&self) -> &'static str {
+        match self.version {
+            "20" => "0000003fffffffff",
+            _ => "000001ffffffffff",
+        }
+    }
+
+    /// Start of a script that needs the size of its terminal: the client of Docker 20.10 sets it after the start (docker/cli
+    /// 3554).
+    fn until_sized(&self) -> &'static str {
+        match self.version {
+            "20" => "until stty size > /dev/null 2>&1; do sleep 0.1; done; ",
+            _ => "",
+        }
     }
 
     fn inspect(&self, name: &str, what: &str) -> Result<String> {

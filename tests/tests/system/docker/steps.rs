@@ -17,7 +17,8 @@ pub(super) fn first_steps(docker: &Docker) -> Result<()> {
     ensure!(lines.contains(&"bin"), "{said}");
     ensure!(lines.last() == Some(&"268435456"), "{said}");
 
-    let shell = docker.run(&["--rm", "-it"], &["sh", "-c", "stty size"]);
+    let script = format!("{}stty size", docker.until_sized());
+    let shell = docker.run(&["--rm", "-it"], &["sh", "-c", &script]);
     let said = stdout(docker.on_terminal(&shell).output()?)?;
     // The terminal may echo the end of its own input first.
     ensure!(said.ends_with("33 77"), "{said:?}");
