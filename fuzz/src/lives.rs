@@ -113,6 +113,8 @@ struct Guest {
     memory: Lease,
     /// The next descriptor, the next entry of the available ring, and the size of each queue.
     queues: Vec<(u16, u16, u16)>,
+    /// Whether the device may still serve something of each queue without another notification.
+    may_serve: Vec<bool>,
     /// Address of the next buffer.
     room: u64,
 }
@@ -137,6 +139,7 @@ impl Guest {
         let (device, host) = device(choices, plugged, None);
         let events = Steps::take();
         let queues = vec![(0, 0, 0); device.queue_sizes().len()];
+        let may_serve = vec![false; queues.len()];
         let window =
             MmioTransport::new(device, Arc::clone(&memory), events.clone()).expect("a window");
         Self {
@@ -146,6 +149,7 @@ impl Guest {
             host,
             memory,
             queues,
+            may_serve,
             room: DATA,
         }
     }
@@ -287,19 +291,33 @@ impl Guest {
         }
     }
 
-    /// Lets the device's threads run until they have served something of this queue, for a moment at most.
-    fn wait(&self, queue: usize) {
+    fn notify(&mut self, queue: usize) {
+        self.write(register::NOTIFY, queue as u32);
+        self.may_serve[queue] = true;
+    }
+
+    /// Lets the device's threads run until they have served this queue, for a moment at most. There is nothing to wait for
+    /// if the device is not running, or if it did nothing in an earlier moment and has no reason to since.
+    fn wait(&mut self, queue: usize) {
+        const DRIVER_OK: u32 = 4;
+        const NEEDS_RESET: u32 = 0x40;
         let [_, available, used] = rings(queue as u64).map(|ring| GuestAddress(ring + 2));
         let index = |at| self.memory.read_obj::<u16>(at).ok();
         let has_threads = matches!(self.choices.kind, Kind::Block | Kind::Net | Kind::Files);
-        if !has_threads || index(available) == index(used) {
+        if !has_threads || !self.may_serve[queue] || index(available) == index(used) {
+            return;
+        }
+        if self.read(register::STATUS) & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
             return;
         }
         for _ in 0..4 {
+            let before = self.memory.read_obj::<u16>(used).ok();
             std::thread::sleep(Duration::from_micros(50));
+            let index = |at| self.memory.read_obj::<u16>(at).ok();
             if index(available) == index(used) {
-                break;
+                return;
             }
+            self.may_serve[queue] = index(used) != before;
         }
     }
 
@@ -346,6 +364,8 @@ impl Guest {
         let Ok(mut state) = self.window.save() else {
             return;
         };
+        // What goes on looks at its queues.
+        self.may_serve.fill(true);
         if stay {
             self.window.resume().expect("what ran before");
             return;
@@ -441,7 +461,7 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
         0..=4 => {
             let request = guest.request(queue, input);
             guest.offer(queue, &request, action % 16 == 4);
-            guest.write(register::NOTIFY, queue as u32);
+            guest.notify(queue);
             guest.events.run();
         }
         // No notification to the device.
@@ -450,10 +470,13 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
             guest.offer(queue, &request, false);
         }
         7 => {
-            guest.write(register::NOTIFY, queue as u32);
+            guest.notify(queue);
             guest.events.run();
         }
-        8 => guest.happens(input),
+        8 => {
+            guest.happens(input);
+            guest.may_serve.fill(true);
+        }
         9 => {
             guest.write(register::STATUS, 0);
             if action < 192 {
@@ -469,6 +492,7 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
                 guest.memory.discard();
             }
             guest.write(register, value);
+            guest.may_serve.fill(true);
         }
         12 => {
             let at = register::CONFIG + u64::from(input.byte());
