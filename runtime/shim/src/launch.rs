@@ -32,7 +32,7 @@ pub(crate) fn socket(flags: &Flags, group: &str) -> PathBuf {
 
 pub(crate) fn start(flags: &Flags) -> Result<()> {
     let bundle = flags.bundle()?;
-    let spec = Spec::read(&bundle)?;
+    let spec = Spec::read_of(&bundle, &flags.namespace)?;
     let note = |socket: &Path| -> Result<String> {
         let address = format!("unix://{}", socket.display());
         let new = bundle.join(".address");

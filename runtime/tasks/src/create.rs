@@ -5,12 +5,13 @@ use crate::event::Event;
 use crate::launcher::launch;
 use crate::machine::{GuestContainer, VirtualMachine};
 use crate::mounts::{self, Mount};
-use crate::namespaces::{HOST_NETWORK, Network, move_devices, own_pid};
+use crate::namespaces::{HOST_NETWORK, Network, is_own_network, move_devices, own_pid};
 use crate::notify::NotifySocket;
 use crate::pid_holder::PidHolder;
 use crate::process::{Exit, Handle, Process};
-use crate::set::{Entry, KILLED, LOST, Task, TaskSet};
-use crate::spec::{Files, Role, Spec};
+use crate::role::{DOCKERS_NAMESPACE, Role, drop_pod_annotations};
+use crate::set::{Entry, KILLED, LOST, State, Task, TaskSet};
+use crate::spec::{Files, Spec};
 use crate::stdio::StdioConfig;
 use crate::sync::spawn;
 use anyhow::{Context, anyhow};
@@ -114,12 +115,39 @@ impl CreateTask {
     }
 }
 
+/// Checks that a container which names a pod by its annotations is one of it. Users of engines may set annotations, too: they
+/// could name the container of another user, and have their own one created in its virtual machine. The engine decides
+/// about network namespaces.
+fn check_pod(state: &State, task: &Task) -> Result<(), Error> {
+    let (Role::Member { sandbox }, None) = (&task.role, &task.joins) else {
+        return Ok(());
+    };
+    let pod = state.entries.get(sandbox).map(|entry| &entry.task);
+    if !pod.is_some_and(|pod| pod.is_pod()) {
+        let text = format!("the pod {sandbox} named by the annotations does not exist");
+        return Err(Error::FailedPrecondition(text));
+    }
+    if let Network::Path(path) = task.spec.network()
+        && !is_own_network(&path)
+    {
+        let text = format!(
+            "the network namespace {} is not that of the pod {sandbox} named by the annotations",
+            path.display()
+        );
+        return Err(Error::FailedPrecondition(text));
+    }
+    Ok(())
+}
+
 impl TaskSet {
     /// Creates a task, whose init process waits to be started. Returns the PID on the host that represents it.
     ///
     /// # Errors
     /// [`Error::AlreadyExists`], or the reason why it can't be created; nothing is left behind.
-    pub fn create(self: &Arc<Self>, request: CreateTask) -> Result<u32, Error> {
+    pub fn create(self: &Arc<Self>, mut request: CreateTask) -> Result<u32, Error> {
+        if self.config.namespace == DOCKERS_NAMESPACE {
+            drop_pod_annotations(&mut request.spec.0);
+        }
         let (task, mounts) = request.task(self.config.first_thread.as_ref())?;
         let task = Arc::new(task);
         // A concurrent deletion waits until it has been created.
@@ -128,6 +156,7 @@ impl TaskSet {
             if state.entries.contains_key(&task.id) {
                 return Err(Error::AlreadyExists(format!("container {}", task.id)));
             }
+            check_pod(&state, &task)?;
             let entry = Entry {
                 task: task.clone(),
                 limits: task.spec.limits(),

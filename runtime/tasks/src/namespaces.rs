@@ -31,6 +31,15 @@ pub(crate) enum Network {
     Path(PathBuf),
 }
 
+/// Whether this path is that of the network namespace of this process. One that can't be looked at is refused elsewhere.
+pub(crate) fn is_own_network(path: &Path) -> bool {
+    let place = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    match (place(path), place(Path::new("/proc/self/ns/net"))) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => true,
+    }
+}
+
 impl Network {
     pub(crate) fn of(spec: &Spec) -> Self {
         let linux = spec.linux().as_ref();

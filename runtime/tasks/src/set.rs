@@ -9,8 +9,9 @@ use crate::machine::{Boot, GuestContainer, Machine, VirtualMachine, boot_sandbox
 use crate::notify::NotifySocket;
 use crate::pid_holder::PidHolder;
 use crate::process::{Action, Exit, ExitWatch, Handle, Process, Status};
+use crate::role::Role;
 use crate::size::Limits;
-use crate::spec::{Role, Spec};
+use crate::spec::Spec;
 use crate::stdio::StdioPaths;
 use crate::sync::{Guard, Level, Ordered};
 use koya::oci_spec::runtime::{Hooks, LinuxResources};

@@ -7,6 +7,7 @@ use crate::hooks;
 use crate::memory_policy;
 use crate::namespaces::{self, Network};
 use crate::oci_compat;
+use crate::role::{DOCKERS_NAMESPACE, Role, drop_pod_annotations};
 use crate::size::{Limits, PERIOD, milli_cpus, milli_cpus_of_set};
 use anyhow::{Context, anyhow};
 use koya::block_volume::BlockVolume;
@@ -21,20 +22,6 @@ const DOCKERS_NAMES: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 11));
 
 /// Maximum size of a `/etc/resolv.conf` in which the name server is looked for. No real one is larger.
 const MAX_RESOLVER: u64 = 64 << 10;
-
-/// Role of a container in its sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The only container.
-    Single,
-    /// A pod sandbox container, without processes: the sandbox is the virtual machine.
-    Sandbox,
-    /// A container of a pod.
-    Member {
-        /// The pod sandbox container.
-        sandbox: String,
-    },
-}
 
 /// A container's `config.json`.
 pub struct Spec(pub(crate) oci::Spec);
@@ -91,34 +78,22 @@ impl Spec {
         self.0.annotations().as_ref()?.get(name).map(String::as_str)
     }
 
-    fn first_annotation(&self, names: &[&str]) -> Option<&str> {
-        names.iter().find_map(|name| self.annotation(name))
-    }
-
     /// From the annotations of containerd's and CRI-O's Kubernetes interface. podman sets them too, with a pod's name as the
     /// sandbox: its pods are recognized by their shared namespaces.
     pub fn role(&self, id: &str) -> Role {
-        if self.annotation("io.container.manager") == Some("libpod") {
-            return Role::Single;
+        Role::of(&self.0, id)
+    }
+
+    /// Reads it from the bundle of a container in a namespace of containerd.
+    ///
+    /// # Errors
+    /// If it is missing or invalid.
+    pub fn read_of(bundle: &Path, namespace: &str) -> Result<Self, Error> {
+        let mut spec = Self::read(bundle)?;
+        if namespace == DOCKERS_NAMESPACE {
+            drop_pod_annotations(&mut spec.0);
         }
-        let kind = [
-            "io.kubernetes.cri.container-type",
-            "io.kubernetes.cri-o.ContainerType",
-        ];
-        let sandbox = [
-            "io.kubernetes.cri.sandbox-id",
-            "io.kubernetes.cri-o.SandboxID",
-        ];
-        match (
-            self.first_annotation(&kind),
-            self.first_annotation(&sandbox),
-        ) {
-            (Some("sandbox"), _) => Role::Sandbox,
-            (Some("container"), Some(sandbox)) if sandbox != id => Role::Member {
-                sandbox: sandbox.into(),
-            },
-            _ => Role::Single,
-        }
+        Ok(spec)
     }
 
     /// Adds a mount for each block volume requested by its annotations.
@@ -183,7 +158,10 @@ impl Spec {
 
     /// Its limits: for a pod those set by Kubernetes, otherwise the container's own.
     pub(crate) fn limits(&self) -> Limits {
-        let number = |name: &str| self.annotation(name)?.parse::<i64>().ok();
+        let is_pod = self.role("") == Role::Sandbox;
+        // Whoever may set annotations of a container may not set the size of its machine.
+        let said = |name: &str| self.annotation(name).filter(|_| is_pod);
+        let number = |name: &str| said(name)?.parse::<i64>().ok();
         let memory = number("io.kubernetes.cri.sandbox-memory");
         let period = number("io.kubernetes.cri.sandbox-cpu-period");
         let period = period.and_then(|period| u64::try_from(period).ok());
@@ -467,6 +445,15 @@ mod tests {
             (limits.memory, limits.milli_cpus),
             (Some(1 << 20), Some(1500))
         );
+        let user = spec(
+            json!({"annotations": {"io.kubernetes.cri.sandbox-memory": "1048576"},
+            "linux": {"resources": {"memory": {"limit": 4096}}}}),
+        );
+        assert_eq!(user.limits().memory, Some(4096));
+        let claimed = json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox"}});
+        let mut claimed = spec(claimed);
+        drop_pod_annotations(&mut claimed.0);
+        assert_eq!(claimed.role("a"), Role::Single);
         let member = json!({"annotations": {"io.kubernetes.cri-o.ContainerType": "container",
             "io.kubernetes.cri-o.SandboxID": "p"}});
         assert_eq!(

@@ -1,9 +1,23 @@
 //! Start, size and end of the virtual machine.
 
 use super::{LIMIT, Rig, TIMEOUTS};
+use crate::Error;
 use koya::oci_spec::runtime as oci;
 use koya::vmm::ExitReason;
 use std::time::{Duration, Instant};
+
+#[test]
+fn annotations_of_a_user_do_not_lead_into_another_machine() {
+    let rig = Rig::new();
+    let refused = |rig: &Rig, id: &str| match rig.create_in_pod(id) {
+        Err(Error::FailedPrecondition(text)) => assert!(text.contains("pod"), "{text}"),
+        other => panic!("{other:?}"),
+    };
+    // No pod, and then a container that is none.
+    refused(&rig, "c");
+    rig.create("pod").unwrap();
+    refused(&rig, "c");
+}
 
 #[test]
 fn a_stop_during_the_start_keeps_its_limit() {
