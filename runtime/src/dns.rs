@@ -11,6 +11,7 @@ use crate::sync::lock;
 use crate::{Error, Sandbox};
 use koya_protocol::names::{HEADER_LEN, OVER_TCP, frame, parse_header};
 use koya_vmm::guest_text::Warnings;
+use koya_vmm::host::sync::Counter;
 use koya_vmm::host::threads;
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg, setsockopt,
@@ -24,7 +25,6 @@ use std::net::{
 };
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -85,19 +85,19 @@ impl Drop for DnsForwarder {
 
 /// Forwards queries until the stream ends. Each query has a thread, so that a slow reply delays no other.
 fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) -> io::Result<()> {
-    let asked = Arc::new(AtomicUsize::new(0));
+    let asked = Counter::default();
     loop {
         let mut header = [0; HEADER_LEN];
         from.read_exact(&mut header)?;
         let (id, len) = parse_header(header);
         let mut question = vec![0; len];
         from.read_exact(&mut question)?;
-        let Some(place) = Place::take(&asked, QUESTIONS) else {
+        let Some(counted) = asked.add_below(QUESTIONS) else {
             continue;
         };
         let to = to.clone();
         let spawned = threads::spawn("koya-name", move || {
-            let _place = place;
+            let _counted = counted;
             let answered = ask(server, &question, id & OVER_TCP != 0).and_then(|answer| {
                 let framed = frame(id, &answer).ok_or(io::ErrorKind::InvalidData)?;
                 let mut to = lock(&to);
@@ -112,23 +112,6 @@ fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) 
         if let Err(error) = spawned {
             UNANSWERED.debug(format_args!("the guest's name server: {error}"));
         }
-    }
-}
-
-/// One of a limited number of threads. Dropping it makes room for another.
-struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
-        let is_free = taken.fetch_add(1, Ordering::Relaxed) < limit;
-        let place = Self(taken.clone());
-        is_free.then_some(place)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -156,7 +139,7 @@ impl OtherServers {
 
 /// Forwards queries to other name servers until the stream ends.
 fn serve_others(others: &OtherServers, until: &UnixStream, agent: &Agent) -> io::Result<()> {
-    let (asked, clients) = (Arc::default(), Arc::default());
+    let (asked, clients) = (Counter::default(), Counter::default());
     loop {
         let mut polled = [
             PollFd::new(&*others.datagrams, PollFlags::IN),
@@ -188,13 +171,13 @@ fn serve_others(others: &OtherServers, until: &UnixStream, agent: &Agent) -> io:
 }
 
 /// Asks another name server for a client that sent a datagram.
-fn forward(question: Question, to: &Arc<UdpSocket>, agent: &Agent, asked: &Arc<AtomicUsize>) {
-    let Some(place) = Place::take(asked, QUESTIONS) else {
+fn forward(question: Question, to: &Arc<UdpSocket>, agent: &Agent, asked: &Counter) {
+    let Some(counted) = asked.add_below(QUESTIONS) else {
         return;
     };
     let (to, agent) = (to.clone(), agent.clone());
     let spawned = threads::spawn("koya-name", move || {
-        let _place = place;
+        let _counted = counted;
         let message = question.message.clone();
         let answer = ask_by_guest(&agent, question.server.into(), message, false);
         question.answer(&to, &answer);
@@ -205,13 +188,13 @@ fn forward(question: Question, to: &Arc<UdpSocket>, agent: &Agent, asked: &Arc<A
 }
 
 /// Serves a client that has connected to another name server.
-fn accept(client: TcpStream, agent: &Agent, clients: &Arc<AtomicUsize>) {
-    let Some(place) = Place::take(clients, CLIENTS) else {
+fn accept(client: TcpStream, agent: &Agent, clients: &Counter) {
+    let Some(counted) = clients.add_below(CLIENTS) else {
         return;
     };
     let agent = agent.clone();
     let spawned = threads::spawn("koya-name", move || {
-        let _place = place;
+        let _counted = counted;
         let ask = |server, question| ask_by_guest(&agent, server, question, true);
         // It ends when the client hangs up; an error ends only this client.
         serve_client(client, ask).ok();
@@ -416,16 +399,6 @@ mod tests {
         assert_eq!(answers[1].1.len(), 40000);
         drop(guest);
         assert!(served.join().unwrap().is_err(), "it ends with its stream");
-    }
-
-    #[test]
-    fn no_more_threads_are_started_than_allowed() {
-        let taken = Arc::default();
-        let places: Vec<_> = std::iter::from_fn(|| Place::take(&taken, 3)).collect();
-        assert_eq!(places.len(), 3);
-        assert!(Place::take(&taken, 3).is_none());
-        drop(places);
-        assert!(Place::take(&taken, 1).is_some());
     }
 
     /// Sends two queries over a connection, whose server is the address that was connected to.

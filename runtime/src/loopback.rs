@@ -5,6 +5,7 @@
 //! `localhost:PORT`, but the services are in the guest.
 
 use crate::{Error, Sandbox};
+use koya_vmm::host::sync::Counter;
 use koya_vmm::host::sys::redirect_loopback;
 use koya_vmm::host::threads;
 use std::fs::File;
@@ -13,7 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream}
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -53,7 +54,7 @@ impl Loopback {
                 listeners: listeners.collect(),
                 is_over: Arc::default(),
             };
-            let open = Arc::new(AtomicUsize::new(0));
+            let open = Counter::default();
             for listener in &own.listeners {
                 let (listener, sandbox) = (listener.clone(), sandbox.clone());
                 let (open, is_over) = (open.clone(), own.is_over.clone());
@@ -83,32 +84,17 @@ fn thread<T: Send + 'static>(
     threads::spawn("koya-loopback", work)
 }
 
-/// Counts a connection while this lives.
-struct Counted(Arc<AtomicUsize>);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-fn serve(
-    listener: &TcpListener,
-    sandbox: &Arc<Sandbox>,
-    open: &Arc<AtomicUsize>,
-    is_over: &AtomicBool,
-) {
+fn serve(listener: &TcpListener, sandbox: &Arc<Sandbox>, open: &Counter, is_over: &AtomicBool) {
     while !is_over.load(Ordering::SeqCst) {
         let Ok((client, _)) = listener.accept() else {
             // At the end, or if the host temporarily lacks resources.
             std::thread::sleep(LOOK);
             continue;
         };
-        while open.load(Ordering::Relaxed) >= CONNECTIONS {
+        while open.get() >= CONNECTIONS {
             std::thread::sleep(LOOK);
         }
-        open.fetch_add(1, Ordering::Relaxed);
-        let counted = Counted(open.clone());
+        let counted = open.add();
         let sandbox = sandbox.clone();
         let spawned = thread(move || {
             let _counted = counted;

@@ -10,7 +10,7 @@
 //! | [`descriptors`] | reopens descriptors, by `/proc/self/fd` |
 //! | [`sockets`] | private Unix sockets, and long paths of sockets |
 //! | [`limited`] | log messages whose number a guest determines |
-//! | [`sync`] | locks |
+//! | [`sync`] | locks, counters |
 //! | [`sys`] | signals, the heap, BPF redirection of loopback connections |
 //!
 //! A role sets the name and the permissions of a thread at its start. `unsafe` code is in [`sys`] only.

@@ -9,6 +9,7 @@
 
 use super::Ports;
 use koya_host::sockets::listen_privately;
+use koya_host::sync::Counter;
 use koya_host::threads::{self, Role};
 use koya_host::walls::Filter;
 use std::io::{self, Read};
@@ -17,7 +18,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -144,7 +145,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
-    let clients = Arc::new(AtomicUsize::new(0));
+    let clients = Counter::default();
     while !ended.load(Ordering::SeqCst) {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -156,19 +157,17 @@ fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
                 continue;
             }
         };
-        while clients.load(Ordering::SeqCst) >= MAX_CLIENTS && !ended.load(Ordering::SeqCst) {
+        while clients.get() >= MAX_CLIENTS && !ended.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(5));
         }
-        clients.fetch_add(1, Ordering::SeqCst);
-        let (ports, count) = (ports.clone(), clients.clone());
+        let (ports, counted) = (ports.clone(), clients.add());
         let spawned = threads::spawn(CLIENT, move || {
+            let _counted = counted;
             if let Err(error) = connect(stream, &ports) {
                 log::debug!("vsock: a client of the host's: {error}");
             }
-            count.fetch_sub(1, Ordering::SeqCst);
         });
         if let Err(error) = spawned {
-            clients.fetch_sub(1, Ordering::SeqCst);
             log::warn!("vsock: cannot start a thread: {error}");
         }
     }

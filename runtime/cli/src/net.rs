@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use koya::vmm::devices::net::MacAddr;
 use koya::vmm::devices::vsock::muxer::MAX_CONNECTIONS;
 use koya::vmm::guest_text::Warnings;
+use koya::vmm::host::sync::{Counted, Counter};
 use koya::vmm::host::threads;
 use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, host_addresses};
 use nix::sched::{CloneFlags, unshare};
@@ -26,7 +27,6 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -239,33 +239,22 @@ fn connection_limit(descriptors: Option<u64>) -> usize {
 #[derive(Clone)]
 struct Connections {
     limit: usize,
-    live: Arc<AtomicUsize>,
+    live: Counter,
     refused: Arc<Warnings>,
-}
-
-/// A connection, counted as long as this lives.
-struct ConnectionGuard(Arc<AtomicUsize>);
-
-impl Drop for ConnectionGuard {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
 }
 
 impl Connections {
     fn new(limit: usize) -> Self {
         Self {
             limit,
-            live: Arc::default(),
+            live: Counter::default(),
             refused: Arc::new(Warnings::new()),
         }
     }
 
     /// Counts one more connection; `None` if there are too many.
-    fn take(&self) -> Option<ConnectionGuard> {
-        self.live.fetch_add(1, Ordering::SeqCst);
-        let held = ConnectionGuard(self.live.clone());
-        (self.live.load(Ordering::SeqCst) <= self.limit).then_some(held)
+    fn take(&self) -> Option<Counted> {
+        self.live.add_below(self.limit)
     }
 }
 
@@ -562,7 +551,7 @@ mod tests {
         assert!(all.clone().take().is_none());
         held.pop();
         assert!(all.take().is_some());
-        assert_eq!(all.live.load(Ordering::SeqCst), 299);
+        assert_eq!(all.live.get(), 299);
     }
 
     #[test]

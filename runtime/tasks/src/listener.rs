@@ -8,6 +8,7 @@ use crate::blocking::BlockingStream;
 use crate::sync::spawn;
 use anyhow::Result;
 use koya::ErrorKind;
+use koya::vmm::host::sync::{Counted, Counter};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
@@ -16,7 +17,6 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Maximum number of concurrent connections to a socket; further clients wait.
@@ -54,9 +54,9 @@ impl Listener {
     }
 
     fn serve(&self) {
-        let open = Arc::new(AtomicUsize::new(0));
+        let open = Counter::default();
         while self.wait_for_client() {
-            if open.load(Ordering::Relaxed) >= CONNECTIONS {
+            if open.get() >= CONNECTIONS {
                 std::thread::sleep(LOOK);
                 continue;
             }
@@ -81,7 +81,7 @@ impl Listener {
                     continue;
                 }
             };
-            if let Err(error) = relay(client, guest, Counted::new(&open)) {
+            if let Err(error) = relay(client, guest, open.add()) {
                 log::warn!("a connection to an inherited socket: {error:#}");
             }
         }
@@ -103,22 +103,6 @@ impl Listener {
                 }
             }
         }
-    }
-}
-
-/// Counts a connection while this lives.
-struct Counted(Arc<AtomicUsize>);
-
-impl Counted {
-    fn new(open: &Arc<AtomicUsize>) -> Self {
-        open.fetch_add(1, Ordering::Relaxed);
-        Self(open.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
