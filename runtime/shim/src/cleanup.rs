@@ -63,7 +63,9 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
         }
     }
     // A shim that still serves others has not ended by one.
-    let reason = is_gone.then(|| reason(&flags.id, &bundle)).flatten();
+    let reason = is_gone
+        .then(|| reason(&flags.id, &flags.namespace, &bundle))
+        .flatten();
     if let Some(reason) = &reason {
         // containerd's log.
         eprintln!("{reason}");
@@ -79,8 +81,9 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
 
 /// The violation that ended the container's sandbox. The sandbox of a pod reports in the bundle of the pod's own container,
 /// beside those of the others.
-fn reason(id: &str, bundle: &Path) -> Option<String> {
-    violation(bundle).or_else(|| match Spec::read(bundle).ok()?.role(id) {
+fn reason(id: &str, namespace: &str, bundle: &Path) -> Option<String> {
+    let role = || Some(Spec::read_of(bundle, namespace).ok()?.role(id));
+    violation(bundle).or_else(|| match role()? {
         Role::Member { sandbox } if koya::is_id(&sandbox) => {
             violation(&bundle.parent()?.join(sandbox))
         }
@@ -148,12 +151,16 @@ mod tests {
             );
             fs::write(at(id).join("config.json"), config).unwrap();
         }
-        assert_eq!(reason("one", &at("one")), None);
+        assert_eq!(reason("one", "k8s.io", &at("one")), None);
         fs::write(at("pod").join("violation"), "koya: the thread x\n").unwrap();
         for id in ["pod", "one"] {
-            assert_eq!(reason(id, &at(id)).as_deref(), Some("the thread x"));
+            assert_eq!(
+                reason(id, "k8s.io", &at(id)).as_deref(),
+                Some("the thread x")
+            );
         }
-        assert_eq!(reason("gone", &at("gone")), None);
+        assert_eq!(reason("one", "moby", &at("one")), None);
+        assert_eq!(reason("gone", "k8s.io", &at("gone")), None);
         fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -145,12 +145,12 @@ fn reply<T>(done: Result<T, Error>) -> ttrpc::Result<T> {
 }
 
 /// The task to create, from a request.
-fn task_of(request: CreateTaskRequest) -> Result<CreateTask, Error> {
+fn task_of(request: CreateTaskRequest, namespace: &str) -> Result<CreateTask, Error> {
     if !request.checkpoint.is_empty() {
         return Err(Error::Unsupported("checkpoints are not supported"));
     }
     let bundle = PathBuf::from(request.bundle);
-    let spec = Spec::read(&bundle)?;
+    let spec = Spec::read_of(&bundle, namespace)?;
     let settings = settings(request.options.as_ref())?;
     let mounts = request.rootfs.into_iter().map(|mount| Mount {
         kind: mount.type_,
@@ -227,7 +227,7 @@ impl Task for Service {
     ) -> ttrpc::Result<CreateTaskResponse> {
         let pid = self
             .work(move |tasks| {
-                let task = task_of(request)?;
+                let task = task_of(request, tasks.namespace())?;
                 tasks.create(task)
             })
             .await?;

@@ -9,7 +9,7 @@ use crate::namespaces::{HOST_NETWORK, Network, is_own_network, move_devices, own
 use crate::notify::NotifySocket;
 use crate::pid_holder::PidHolder;
 use crate::process::{Exit, Handle, Process};
-use crate::role::{DOCKERS_NAMESPACE, Role, drop_pod_annotations};
+use crate::role::Role;
 use crate::set::{Entry, KILLED, LOST, State, Task, TaskSet};
 use crate::spec::{Files, Spec};
 use crate::stdio::StdioConfig;
@@ -144,10 +144,7 @@ impl TaskSet {
     ///
     /// # Errors
     /// [`Error::AlreadyExists`], or the reason why it can't be created; nothing is left behind.
-    pub fn create(self: &Arc<Self>, mut request: CreateTask) -> Result<u32, Error> {
-        if self.config.namespace == DOCKERS_NAMESPACE {
-            drop_pod_annotations(&mut request.spec.0);
-        }
+    pub fn create(self: &Arc<Self>, request: CreateTask) -> Result<u32, Error> {
         let (task, mounts) = request.task(self.config.first_thread.as_ref())?;
         let task = Arc::new(task);
         // A concurrent deletion waits until it has been created.

@@ -20,7 +20,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// That of a container with this ID.
+    /// The role of a container with this ID.
     pub(crate) fn of(spec: &Spec, id: &str) -> Self {
         let annotation = |name: &str| spec.annotations().as_ref()?.get(name).map(String::as_str);
         if annotation("io.container.manager") == Some("libpod") {

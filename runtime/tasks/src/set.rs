@@ -286,6 +286,11 @@ impl std::ops::Deref for ProcessOf {
 }
 
 impl TaskSet {
+    /// The namespace of its configuration.
+    pub fn namespace(&self) -> &str {
+        &self.config.namespace
+    }
+
     /// A set without tasks and without a virtual machine.
     pub fn new(config: TaskSetConfig, events: Arc<dyn EventSink>) -> Arc<Self> {
         Self::with(config, events, Box::new(boot_sandbox), Timeouts::default())

@@ -78,13 +78,14 @@ impl Spec {
         self.0.annotations().as_ref()?.get(name).map(String::as_str)
     }
 
-    /// From the annotations of containerd's and CRI-O's Kubernetes interface. podman sets them too, with a pod's name as the
-    /// sandbox: its pods are recognized by their shared namespaces.
+    /// The role of the container with this ID, from the annotations of containerd's and CRI-O's Kubernetes interface. podman sets
+    /// them too, with a pod's name as the sandbox: its pods are recognized by their shared namespaces.
     pub fn role(&self, id: &str) -> Role {
         Role::of(&self.0, id)
     }
 
-    /// Reads it from the bundle of a container in a namespace of containerd.
+    /// Reads it from the bundle of a container in a namespace of containerd. In Docker's, it is of no pod, whatever its
+    /// annotations say.
     ///
     /// # Errors
     /// If it is missing or invalid.
