@@ -5,6 +5,7 @@ use crate::{network, sys};
 use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::ErrorReason;
 use koya_protocol::messages::ListeningSocket;
+use koya_rootfs::path_of;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::net::{
@@ -15,7 +16,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
@@ -146,8 +147,7 @@ pub(crate) async fn connect_to_host(place: Place, token: &str) -> Result<()> {
             network::forward(connect_unix(&address)?, token).await
         }
         Place::File(file) => {
-            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            let address = SocketAddrUnix::new(path)?;
+            let address = SocketAddrUnix::new(path_of(&file))?;
             network::forward(connect_unix(&address)?, token).await
         }
     }
@@ -267,7 +267,6 @@ mod tests {
         let own = listener.local_addr().unwrap();
         assert_eq!(own.as_pathname(), Some(path));
         drop(root);
-        let way = format!("/proc/self/fd/{}", file.as_raw_fd());
-        reach(&listener, &SocketAddrUnix::new(way).unwrap());
+        reach(&listener, &SocketAddrUnix::new(path_of(&file)).unwrap());
     }
 }

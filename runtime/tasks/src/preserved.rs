@@ -19,10 +19,18 @@ use std::os::unix::net::UnixListener;
 pub struct Preserved {
     pub(crate) direction: Direction,
     pub(crate) file: File,
-    /// Device of the guest that replaces it.
-    device: Option<&'static str>,
-    /// Name of the listening socket of the guest that is in its place.
-    listener: Option<SocketName>,
+    replacement: Replacement,
+}
+
+/// What the process has in its place.
+#[derive(Debug)]
+enum Replacement {
+    /// A pipe or socket whose data is forwarded.
+    Stream,
+    /// A device of the guest.
+    Device(&'static str),
+    /// A listening socket of the guest whose connections are forwarded.
+    Listener(SocketName),
 }
 
 /// Devices that are the same in every kernel, by their minor numbers.
@@ -46,41 +54,41 @@ impl Preserved {
     /// If its data can't be forwarded.
     pub fn new(number: usize, fd: OwnedFd) -> Result<Self> {
         let refused = || format!("descriptor {number} can't be passed into a virtual machine");
-        let device = device_of(&fd)?;
-        let listener = match is_listening(&fd)? {
-            true => Some(guests_name(&fd).with_context(refused)?),
-            false => None,
-        };
-        let direction = match (device, &listener) {
-            (Some(_), _) => access_of(&fd)?,
-            (None, Some(_)) => Direction::Both,
-            (None, None) => direction_of(&fd).with_context(refused)?,
+        let (replacement, direction) = if let Some(device) = device_of(&fd)? {
+            (Replacement::Device(device), access_of(&fd)?)
+        } else if is_listening(&fd)? {
+            let name = guests_name(&fd).with_context(refused)?;
+            (Replacement::Listener(name), Direction::Both)
+        } else {
+            (
+                Replacement::Stream,
+                direction_of(&fd).with_context(refused)?,
+            )
         };
         Ok(Self {
             direction,
             file: fd.into(),
-            device,
-            listener,
+            replacement,
         })
     }
 
     /// The descriptor that the process gets in its place.
     pub(crate) fn wanted(&self) -> ExtraFd {
-        match (self.device, &self.listener) {
-            (Some(path), _) => ExtraFd::Device(path, self.direction),
-            (None, Some(name)) => ExtraFd::Listener(name.clone()),
-            (None, None) => ExtraFd::Stream(self.direction),
+        match &self.replacement {
+            Replacement::Stream => ExtraFd::Stream(self.direction),
+            Replacement::Device(path) => ExtraFd::Device(path, self.direction),
+            Replacement::Listener(name) => ExtraFd::Listener(name.clone()),
         }
     }
 
     /// Whether its data is forwarded.
     pub(crate) fn is_stream(&self) -> bool {
-        self.device.is_none() && self.listener.is_none()
+        matches!(self.replacement, Replacement::Stream)
     }
 
     /// Whether its connections are forwarded.
     pub(crate) fn is_listener(&self) -> bool {
-        self.listener.is_some()
+        matches!(self.replacement, Replacement::Listener(_))
     }
 }
 
