@@ -52,6 +52,27 @@ pub(crate) struct BatsArgs {
     files: Vec<String>,
 }
 
+/// The runtime under test, and the one whose results are in the tables.
+const OURS: &str = "koya-runtime";
+
+#[derive(Args)]
+pub(crate) struct RuntimeArgs {
+    /// Set the runtime, a program on PATH, for comparison: what another one fails in the same surroundings, too, is not
+    /// Koya's fault
+    #[arg(long, default_value = OURS)]
+    pub(crate) runtime: String,
+}
+
+impl RuntimeArgs {
+    /// Directory of the results of these tests: those of other runtimes are below it.
+    pub(crate) fn results_of(&self, tests: &str) -> String {
+        match self.runtime.as_str() {
+            OURS => tests.to_owned(),
+            other => format!("{tests}/{other}"),
+        }
+    }
+}
+
 /// A project's kind of files.
 pub(crate) struct Files {
     /// Beginning and end of their names.

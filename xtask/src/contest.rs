@@ -1,6 +1,6 @@
 //! `cargo xtask contest`: youki's tests of OCI runtimes (contest) with `koya-runtime`, each of their groups in its own rig.
 
-use crate::bats::{BatsArgs, Files, Project};
+use crate::bats::{BatsArgs, Files, Project, RuntimeArgs};
 use crate::{cache, proc, setup};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -44,26 +44,18 @@ const GROUPS: Files = Files {
 pub(crate) struct ContestArgs {
     #[command(flatten)]
     bats: BatsArgs,
-    /// Set the runtime, a program on PATH: what runc itself fails in the same surroundings is not Koya's
-    #[arg(long, default_value = OURS)]
-    runtime: String,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
 }
-
-/// The runtime whose results are in the table.
-const OURS: &str = "koya-runtime";
 
 pub(crate) fn run(args: &ContestArgs) -> Result<()> {
     setup::ensure_these(&PACKAGES)?;
-    let name = match args.runtime.as_str() {
-        OURS => "contest".to_owned(),
-        other => format!("contest/{other}"),
-    };
     let project = Project {
-        name: &name,
+        name: &args.runtime.results_of("contest"),
         tests: tests(&args.bats.source)?,
         files: GROUPS,
         script: PREPARE,
-        further: &|_| vec![args.runtime.clone()],
+        further: &|_| vec![args.runtime.runtime.clone()],
     };
     project.run(&args.bats)
 }

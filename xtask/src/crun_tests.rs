@@ -1,7 +1,7 @@
 //! `cargo xtask crun-tests`: crun's own tests (Python programs) with `koya-runtime` in crun's place, as root and without
 //! systemd.
 
-use crate::bats::{BatsArgs, Files, Project};
+use crate::bats::{BatsArgs, Files, Project, RuntimeArgs};
 use crate::{cache, proc, setup};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -74,26 +74,18 @@ script --quiet --return --command \"$RUN_TEST\" /dev/null | sed -u 's/\\r*$//'
 pub(crate) struct CrunTestsArgs {
     #[command(flatten)]
     bats: BatsArgs,
-    /// Set the runtime, a program on PATH: what crun itself fails in the same surroundings is not Koya's
-    #[arg(long, default_value = OURS)]
-    runtime: String,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
 }
-
-/// The runtime whose results are in the table.
-const OURS: &str = "koya-runtime";
 
 pub(crate) fn run(args: &CrunTestsArgs) -> Result<()> {
     setup::ensure_these(&PACKAGES)?;
-    let name = match args.runtime.as_str() {
-        OURS => "crun-tests".to_owned(),
-        other => format!("crun-tests/{other}"),
-    };
     let project = Project {
-        name: &name,
+        name: &args.runtime.results_of("crun-tests"),
         tests: tests(&args.bats.source)?,
         files: PYTHON,
         script: PREPARE,
-        further: &|_| vec![args.runtime.clone()],
+        further: &|_| vec![args.runtime.runtime.clone()],
     };
     project.run(&args.bats)
 }
