@@ -301,19 +301,21 @@ impl Guest {
     fn wait(&mut self, queue: usize) {
         const DRIVER_OK: u32 = 4;
         const NEEDS_RESET: u32 = 0x40;
-        let [_, available, used] = rings(queue as u64).map(|ring| GuestAddress(ring + 2));
-        let index = |at| self.memory.read_obj::<u16>(at).ok();
         let has_threads = matches!(self.choices.kind, Kind::Block | Kind::Net | Kind::Files);
-        if !has_threads || !self.may_serve[queue] || index(available) == index(used) {
+        if !has_threads
+            || !self.may_serve[queue]
+            || self.read(register::STATUS) & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK
+        {
             return;
         }
-        if self.read(register::STATUS) & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
+        let [_, available, used] = rings(queue as u64).map(|ring| GuestAddress(ring + 2));
+        let index = |at| self.memory.read_obj::<u16>(at).ok();
+        if index(available) == index(used) {
             return;
         }
         for _ in 0..4 {
-            let before = self.memory.read_obj::<u16>(used).ok();
+            let before = index(used);
             std::thread::sleep(Duration::from_micros(50));
-            let index = |at| self.memory.read_obj::<u16>(at).ok();
             if index(available) == index(used) {
                 return;
             }

@@ -318,7 +318,7 @@ impl ContainerConfig {
             path: path.to_owned(),
             read_only,
         };
-        // An image is a disk, and a device is none of the host's files.
+        // An image is attached as a disk, and a device node is replaced by that of the guest.
         let root = self.rootfs.is_dir();
         let root = root.then(|| place(&self.rootfs, self.read_only));
         let volumes = self.volumes.iter();

@@ -251,7 +251,7 @@ pub fn path(fd: BorrowedFd<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::thread::{CapabilitySets, set_capabilities};
+    use crate::walls::keep_capabilities;
     use std::fs;
 
     /// Runs `work` on a thread of its own with the directory as its root.
@@ -313,13 +313,7 @@ mod tests {
     fn a_thread_without_the_capability_says_so() {
         let why = std::thread::scope(|scope| {
             let tried = || {
-                let none = CapabilitySet::empty();
-                let none = CapabilitySets {
-                    effective: none,
-                    permitted: none,
-                    inheritable: none,
-                };
-                set_capabilities(None, none).unwrap();
+                keep_capabilities(CapabilitySet::empty()).unwrap();
                 assert!(!Root::enter_if_possible().unwrap() && !may_have_root());
                 Root::enter().unwrap_err()
             };

@@ -1,4 +1,4 @@
-//! Security modules of the host's kernel: AppArmor and SELinux.
+//! Linux security modules of the host: AppArmor and SELinux.
 
 use std::fs;
 use std::path::{Path, PathBuf};

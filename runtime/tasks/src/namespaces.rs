@@ -133,8 +133,8 @@ fn check_devices(devices: &[NetDevice], is_root: bool) -> Result<()> {
     let mut devices = devices.iter();
     match devices.find(|device| KERNELS.contains(&device.new_name.as_str())) {
         Some(NetDevice { name, new_name }) => bail!(
-            "linux.netDevices: {name} can't be {new_name} in the container, a name of the kernel's own \
-             interfaces: give it another one"
+            "linux.netDevices: {name} can't be {new_name} in the container, a name that the kernel gives to \
+             interfaces of its own: give it another one"
         ),
         None => Ok(()),
     }

@@ -29,7 +29,7 @@ struct PathBeneath {
     parent: libc::c_int,
 }
 
-/// The version of the kernel's interface.
+/// The ABI version that the kernel supports.
 ///
 /// # Errors
 /// If the kernel has no Landlock, or it is not enabled.

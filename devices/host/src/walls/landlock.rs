@@ -72,7 +72,7 @@ pub fn abi() -> Option<i32> {
 }
 
 /// Whether threads that serve files can be limited to [places](Place): with a later version than the first, in a process
-/// without the privileges for a root directory of their own. Such a root has none of the host's files anyway.
+/// without the privileges for a root directory of their own, which would contain no files of the host.
 pub fn has_places() -> bool {
     abi().is_some_and(|abi| abi >= MOVES) && !descriptors::may_have_root()
 }
@@ -154,7 +154,7 @@ impl Ruleset {
                 note(self.opens);
                 Ok(())
             }
-            // The caller of this program has already used all of the kernel's 16 layers.
+            // All 16 layers that the kernel permits are in use: the caller of this program has restricted itself.
             Err(error) if error.raw_os_error() == Some(libc::E2BIG) => Ok(()),
             Err(error) => Err(error),
         }
@@ -250,10 +250,16 @@ impl Drop for Noted {
 }
 
 fn note(opens: Opens) {
-    let thread = rustix::thread::gettid().as_raw_nonzero();
-    let thread = thread.get().unsigned_abs();
+    let thread = thread_id();
     OWN.set(Some(Noted { thread, opens }));
     lock(&THREADS).insert(thread, opens);
+}
+
+fn thread_id() -> u32 {
+    rustix::thread::gettid()
+        .as_raw_nonzero()
+        .get()
+        .unsigned_abs()
 }
 
 /// What Landlock permits a thread of this process to open, by its ID. `None` if Koya has not restricted it.
@@ -385,21 +391,15 @@ mod tests {
             return;
         };
         let ruleset = Ruleset::nothing(abi).unwrap();
-        let own = || {
-            rustix::thread::gettid()
-                .as_raw_nonzero()
-                .get()
-                .unsigned_abs()
-        };
         let (thread, inherited) = within(&ruleset, || {
-            assert_eq!(opens(own()), Some(Opens::Nothing));
+            assert_eq!(opens(thread_id()), Some(Opens::Nothing));
             assert!(fs::read("/etc/passwd").is_err());
             let passed_on = PassedOn::new(true, true);
             assert!(passed_on.ruleset.is_none(), "there is no second layer");
-            (own(), passed_on.inherited)
+            (thread_id(), passed_on.inherited)
         });
         assert_eq!(inherited, Some(Opens::Nothing));
         assert_eq!(opens(thread), None, "it has ended");
-        assert_eq!(opens(own()), None);
+        assert_eq!(opens(thread_id()), None);
     }
 }

@@ -233,7 +233,7 @@ pub(crate) fn confine(filter: Filter, ruleset: Option<&Ruleset>) -> io::Result<(
     let has_root = filter.has_own_root() && Root::enter_if_possible()?;
     keep_capabilities(filter.capabilities())?;
     rustix::thread::set_no_new_privs(true)?;
-    // Of the host's files, such a root has none.
+    // Its own root directory contains no files of the host.
     if let Some(ruleset) = ruleset.filter(|_| !has_root) {
         ruleset.restrict()?;
     }
